@@ -1,0 +1,46 @@
+# `make SHELL=1 demo` asks for a shell in the guest, but SHELL is also the name of the shell that make runs recipes with:
+# keep what the command line said, then give make its shell back.
+GUEST_SHELL := $(if $(findstring command,$(origin SHELL)),$(SHELL))
+override SHELL := /bin/bash
+.SHELLFLAGS := -euc
+
+PYTHON ?= python3
+SHARE ?=
+GUEST ?= uml
+BIN := .venv/bin
+PYTEST_ARGS ?=
+
+.PHONY: all packages venv guests format check test test-all demo bench clean
+all: check
+
+packages:                       # Debian packages, only those that are missing
+	@tools/install_packages
+
+venv: .venv/installed           # the virtual environment, made again when pyproject.toml changes
+
+.venv/installed: pyproject.toml | packages
+	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && touch $@
+
+guests: venv                    # guest kernels, initramfs images and the Rust daemon, into .cache
+	@$(BIN)/python -m tests.support.guest
+
+format: venv
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+check: venv                     # under a minute
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/pytest tests/unit $(PYTEST_ARGS)
+
+test: venv                      # everything, in sizes that suit an everyday run
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-all: venv                  # everything, in full size and on every guest kernel
+	VFSD_TEST_FULL=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+demo: venv                      # SHARE=directory GUEST=uml|qemu SHELL=1
+	@$(BIN)/python -m tools.demo --guest '$(GUEST)' --share '$(SHARE)' $(if $(filter-out 0 no,$(GUEST_SHELL)),--shell)
+
+bench: venv
+	@$(BIN)/python -m tools.bench $(BENCH_ARGS)
+
+clean:
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

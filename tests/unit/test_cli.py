@@ -1,0 +1,107 @@
+"""The command line: named and behaving as the Rust virtiofsd's."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import vfsd
+from vfsd.cli import build_parser, default_request_queues, parse_options, run
+from vfsd.log import INFO, TRACE
+
+MINIMAL = ["--shared-dir", "/srv", "--socket-path", "/run/s"]
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as end:
+        parse_options(argv)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_the_defaults_are_the_documented_ones():
+    options = parse_options(MINIMAL)
+    assert (options.shared_dir, options.socket_path, options.fd, options.tag) == (b"/srv", b"/run/s", None, None)
+    assert (options.cache, options.sandbox, options.seccomp, options.inode_file_handles) == ("auto", "namespace", "kill", "prefer")
+    assert (options.readonly, options.announce_submounts, options.rlimit_nofile) == (False, True, None)
+    assert options.request_queues == default_request_queues()
+    assert 1 <= options.request_queues <= 4
+    assert options.log_level == INFO
+
+
+def test_every_option_with_an_equals_sign_and_without():
+    joined = [
+        "--shared-dir=/srv/x", "--socket-path=/run/s", "--socket-group=kvm", "--tag=fs", "--cache=never", "--sandbox=chroot",
+        "--seccomp=log", "--inode-file-handles=mandatory", "--num-request-queues=3", "--readonly", "--no-announce-submounts",
+        "--rlimit-nofile=0", "--log-level=trace",
+    ]  # fmt: skip
+    options = parse_options(joined)
+    assert parse_options([part for option in joined for part in option.split("=", 1)]) == options
+    assert (options.socket_group, options.tag, options.cache, options.sandbox) == ("kvm", b"fs", "never", "chroot")
+    assert (options.request_queues, options.readonly, options.announce_submounts) == (3, True, False)
+    assert (options.rlimit_nofile, options.log_level) == (0, TRACE)
+
+
+def test_deprecated_and_alias_spellings():
+    assert parse_options(["--shared-dir=/s", "--socket=/run/old"]).socket_path == b"/run/old"
+    assert parse_options([*MINIMAL, "--inode-file-handles=fallback"]).inode_file_handles == "prefer"
+    assert parse_options([*MINIMAL, "--announce-submounts"]).announce_submounts
+
+
+def test_names_need_not_be_utf8():
+    assert parse_options(["--shared-dir", os.fsdecode(b"/s\xff"), "--fd=3"]).shared_dir == b"/s\xff"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--fd=3"], "--shared-dir"),
+        (["--shared-dir=/s"], "--socket-path"),
+        ([*MINIMAL, "--fd=3"], "--fd"),
+        ([*MINIMAL, "--cache=sometimes"], "--cache"),
+        ([*MINIMAL, "--cach=auto"], "--cach"),
+        ([*MINIMAL, "--tag=" + "x" * 37], "--tag: 37 bytes"),
+        ([*MINIMAL, "--tag="], "--tag"),
+        ([*MINIMAL, "--num-request-queues=0"], "--num-request-queues: 0 is out of range; give a number from 1 to 64"),
+        ([*MINIMAL, "--num-request-queues=many"], "'many' is not a number"),
+        (["--shared-dir=/s", "--fd=3", "--socket-group=kvm"], "--socket-group"),
+        (["--shared-dir=", "--fd=3"], "--shared-dir: the path is empty"),
+        ([*MINIMAL, "--rlimit-nofile=-1"], "--rlimit-nofile"),
+        ([*MINIMAL, "--migration-mode=find-paths"], "--migration-mode"),
+    ],
+)
+def test_a_command_line_that_cannot_be_names_the_option(capsys, argv, named):
+    assert named in refused(capsys, *argv)
+
+
+def test_a_tag_of_36_bytes_fits():
+    assert parse_options([*MINIMAL, "--tag=" + "x" * 36]).tag == b"x" * 36
+
+
+def test_capabilities_are_printed_whatever_else_is_asked(capsys):
+    assert run(["--no-such-option", "--print-capabilities", "--fd=x"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"type": "fs", "features": ["separate-options"]}
+
+
+def test_help_names_the_options_that_starters_look_for():
+    text = build_parser().format_help()
+    for option in ("--readonly", "--shared-dir", "--socket-path", "--fd", "--inode-file-handles", "--no-announce-submounts"):
+        assert option in text
+
+
+def test_the_version_is_printed_by_the_real_program():
+    ended = subprocess.run([sys.executable, "-I", "-m", "vfsd", "--version"], capture_output=True, text=True, check=True)
+    assert ended.stdout == f"vfsd {vfsd.__version__}\n"
+
+
+def test_a_share_that_is_not_there_is_an_error_of_one_line_and_status_1(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-I", "-m", "vfsd", f"--shared-dir={tmp_path}/none", f"--socket-path={tmp_path}/s"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert f"--shared-dir={tmp_path}/none: does not exist" in ended.stderr
+    assert not list(tmp_path.iterdir())

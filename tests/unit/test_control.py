@@ -1,0 +1,304 @@
+"""The control process's loop over real sockets; the test is its supervisor, its workers and its frontend."""
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+from vfsd.channel import Channel, ChannelClosed, close_all
+from vfsd.config import ControlConfig
+from vfsd.fds import OwnedFd
+from vfsd.log import DEBUG, ChildLog
+from vfsd.sandbox.lockdown import Confinement
+from vfsd.wire import vhost_user as vu
+from vfsd.wire.channel import (
+    CONTROL_TO_SUPERVISOR,
+    CONTROL_TO_WORKER,
+    SUPERVISOR_TO_CHILD,
+    AddWorker,
+    Connection,
+    Done,
+    FrontendGone,
+    Log,
+    MemoryAdd,
+    MemoryClear,
+    MemoryRemove,
+    NeedWorker,
+    Refused,
+    RingBroken,
+    RingCall,
+    RingStart,
+    RingStop,
+    Stop,
+)
+from vfsd.worker import control, worker_links
+from vfsd.worker.control import Control, worker_of
+from vfsd.worker.device import FEATURES
+
+UVA, SIZE = 0x7F0000000000, 0x100000
+NEED_REPLY = vu.VHOST_USER_NEED_REPLY_MASK
+CONFINEMENT = Confinement(
+    role="control", sandbox="none", seccomp_filter=b"", uid=None, gid=None, capabilities=(), landlock=False, nofile=None, supervisor_pidfd=None
+)  # fmt: skip
+
+
+def packet_pair():
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+class World:
+    """A Control in a thread, and everybody around it."""
+
+    def __init__(self, request_queues=3):
+        ours, theirs = packet_pair()
+        self.supervisor = Channel(ours, CONTROL_TO_SUPERVISOR)
+        self._control_channel = Channel(theirs, SUPERVISOR_TO_CHILD)
+        config = ControlConfig(
+            channel_fd=0, supervisor_pidfd=0, confinement=CONFINEMENT, sandbox="none", log_level=DEBUG, tag=None, request_queues=request_queues
+        )  # fmt: skip
+        self._control = Control(config, self._control_channel, ChildLog(self._control_channel, DEBUG))
+        self.error = None
+        self.logs = []
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+        self.workers = {}
+        self.frontend, backend = socket.socketpair()
+        self.frontend.settimeout(5)
+        self.add_worker(0)
+        self.supervisor.send(Connection(), [owned := OwnedFd(backend.detach())])
+        owned.close()
+
+    def _run(self):
+        try:
+            self._control.run()
+        except BaseException as error:  # noqa: BLE001  # raised again by close
+            self.error = error
+        finally:
+            self._control_channel.close()
+
+    def add_worker(self, index):
+        ours, theirs = packet_pair()
+        self.workers[index] = Channel(ours, CONTROL_TO_WORKER)
+        with OwnedFd(theirs.detach()) as end:
+            self.supervisor.send(AddWorker(index), [end])
+
+    def close(self):
+        with contextlib.suppress(ChannelClosed):
+            if self.supervisor.fileno() >= 0:
+                self.supervisor.send(Stop())
+        self.thread.join(5)
+        assert not self.thread.is_alive()
+        self.supervisor.close()
+        for worker in self.workers.values():
+            worker.close()
+        self.frontend.close()
+        if self.error is not None:
+            raise self.error
+
+    def tell(self, request, payload=b"", fds=(), flags=0):
+        socket.send_fds(self.frontend, [vu.HEADER.pack(request, 1 | flags, len(payload)) + payload], list(fds))
+
+    def reply(self):
+        request, flags, size = vu.HEADER.unpack(self.frontend.recv(12))
+        assert flags == 1 | vu.VHOST_USER_REPLY_MASK
+        return request, self.frontend.recv(size)
+
+    def heard(self, expected=None, seconds=5):
+        """The next message to the supervisor that is not a log line; or None if nothing comes."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if select.select([self.supervisor], [], [], left)[0]:
+                message = self.supervisor.receive().message
+                if not isinstance(message, Log):
+                    return message
+                self.logs.append(message.text.decode())
+        return None
+
+    def asked(self, index, seconds=5):
+        """The next request to this worker; its descriptors are closed."""
+        if not select.select([self.workers[index]], [], [], seconds)[0]:
+            return None
+        received = self.workers[index].receive()
+        close_all(received.fds)
+        return received.message
+
+    def answers(self, index, value=0):
+        """Take one request and say Done."""
+        message = self.asked(index)
+        self.workers[index].send(Done(message.seq, value))
+        return message
+
+    def set_up(self, ring=1, worker=0):
+        """A frontend up to the ENABLE that waits for its acknowledgement."""
+        self.tell(vu.VHOST_USER_SET_PROTOCOL_FEATURES, struct.pack("<Q", 1 << vu.VHOST_USER_PROTOCOL_F_REPLY_ACK))
+        self.tell(vu.VHOST_USER_SET_FEATURES, struct.pack("<Q", FEATURES))
+        memory = os.memfd_create("ram")
+        self.tell(vu.VHOST_USER_ADD_MEM_REG, bytes(8) + struct.pack("<QQQQ", 0, SIZE, UVA, 0), [memory], NEED_REPLY)
+        os.close(memory)
+        assert self.answers(0) == MemoryAdd(1, 0, SIZE, UVA, 0)
+        assert self.reply() == (vu.VHOST_USER_ADD_MEM_REG, bytes(8))
+        self.describe(ring)
+        self.tell(vu.VHOST_USER_SET_VRING_ENABLE, struct.pack("<II", ring, 1), [], NEED_REPLY)
+
+    def describe(self, ring):
+        self.tell(vu.VHOST_USER_SET_VRING_NUM, struct.pack("<II", ring, 128))
+        self.tell(vu.VHOST_USER_SET_VRING_BASE, struct.pack("<II", ring, 3))
+        self.tell(vu.VHOST_USER_SET_VRING_ADDR, struct.pack("<IIQQQQ", ring, 0, UVA, UVA + 0x2000, UVA + 0x1000, 0))
+        kick = os.eventfd(0)
+        self.tell(vu.VHOST_USER_SET_VRING_KICK, struct.pack("<Q", ring), [kick])
+        os.close(kick)
+
+
+@pytest.fixture
+def world():
+    world = World()
+    yield world
+    world.close()
+
+
+def test_queues_are_spread_over_workers():
+    assert [worker_of(queue) for queue in range(5)] == [0, 0, 1, 2, 3]
+
+
+def test_an_acknowledgement_waits_until_the_ring_really_runs(world):
+    world.set_up()
+    start = world.asked(0)
+    assert start == RingStart(2, 1, 128, 3, UVA, UVA + 0x1000, UVA + 0x2000, True, True, False, False)
+    assert not select.select([world.frontend], [], [], 0.1)[0]
+    world.workers[0].send(Done(start.seq, 0))
+    assert world.reply() == (vu.VHOST_USER_SET_VRING_ENABLE, bytes(8))
+
+
+def test_a_worker_is_asked_for_when_its_queue_is_named_and_given_memory_when_it_serves(world):
+    world.set_up(ring=3)
+    assert world.heard() == NeedWorker(2)
+    world.add_worker(2)
+    assert world.answers(2) == MemoryClear(1)
+    assert world.answers(2) == MemoryAdd(2, 0, SIZE, UVA, 0)
+    assert isinstance(world.answers(2), RingStart)
+    assert world.reply()[0] == vu.VHOST_USER_SET_VRING_ENABLE
+
+
+def test_memory_goes_to_all_workers_that_serve_or_to_none(world):
+    world.set_up(ring=2)
+    world.heard()
+    world.add_worker(1)
+    for _ in range(3):
+        world.answers(1)
+    world.reply()
+    memory = os.memfd_create("ram")
+    world.tell(vu.VHOST_USER_ADD_MEM_REG, bytes(8) + struct.pack("<QQQQ", SIZE, SIZE, 0x1000, 0), [memory], NEED_REPLY)
+    os.close(memory)
+    assert isinstance(world.answers(0), MemoryAdd)
+    refused = world.asked(1)
+    world.workers[1].send(Refused(refused.seq, b"cannot map"))
+    assert isinstance(world.answers(0), MemoryRemove)
+    assert world.reply() == (vu.VHOST_USER_ADD_MEM_REG, struct.pack("<Q", 1))
+
+
+def test_get_vring_base_answers_what_the_worker_said(world):
+    world.set_up()
+    world.answers(0)
+    world.reply()
+    world.tell(vu.VHOST_USER_GET_VRING_BASE, struct.pack("<II", 1, 0))
+    assert world.answers(0, 41) == RingStop(3, 1)
+    assert world.reply() == (vu.VHOST_USER_GET_VRING_BASE, struct.pack("<II", 1, 41))
+
+
+def test_a_call_descriptor_replaced_at_run_time_reaches_the_worker(world):
+    world.set_up()
+    world.answers(0)
+    world.reply()
+    call = os.eventfd(0)
+    world.tell(vu.VHOST_USER_SET_VRING_CALL, struct.pack("<Q", 1), [call], NEED_REPLY)
+    received = None
+    while received is None:
+        received = world.workers[0].receive()
+    assert received.message == RingCall(3, 1, True)
+    with received.fds[0] as copy:
+        os.eventfd_write(copy.fileno(), 7)
+    assert os.eventfd_read(call) == 7
+    os.close(call)
+    world.workers[0].send(Done(3, 0))
+    assert world.reply()[0] == vu.VHOST_USER_SET_VRING_CALL
+
+
+def test_a_frontend_that_leaves_is_reported_as_clean(world):
+    world.frontend.close()
+    assert world.heard() == FrontendGone(b"", True)
+
+
+def test_a_breach_closes_the_connection_and_says_why(world):
+    world.tell(99)
+    gone = world.heard()
+    assert not gone.clean
+    assert gone.text.startswith(b"vhost-user request 99")
+    assert world.frontend.recv(1) == b""
+
+
+def test_a_worker_that_does_not_answer_ends_the_connection(world, monkeypatch):
+    monkeypatch.setattr(worker_links, "ANSWER_SECONDS", 0.2)
+    world.set_up()
+    gone = world.heard()
+    assert not gone.clean
+    assert b"worker 0 did not answer RingStart" in gone.text
+
+
+def test_a_worker_that_never_comes_ends_the_connection(world, monkeypatch):
+    monkeypatch.setattr(worker_links, "ANSWER_SECONDS", 0.2)
+    world.set_up(ring=2)
+    assert world.heard() == NeedWorker(1)
+    assert b"worker 1 was not started" in world.heard().text
+
+
+@pytest.mark.parametrize("answer", [Done(77, 0), Refused(77, b"no")])
+def test_an_answer_to_another_question_ends_the_connection(world, answer):
+    world.set_up()
+    world.asked(0)
+    world.workers[0].send(answer)
+    assert b"worker 0 answered what was not asked" in world.heard().text
+
+
+def test_an_answer_without_a_question_ends_the_connection(world):
+    world.workers[0].send(Done(1, 0))
+    assert b"worker 0 answered what was not asked" in world.heard().text
+
+
+def test_stop_is_heard_while_a_worker_is_waited_for(world):
+    world.set_up()
+    world.asked(0)
+    world.supervisor.send(Stop())
+    world.thread.join(2)
+    assert not world.thread.is_alive()
+
+
+def test_a_broken_ring_is_logged_and_the_connection_lives(world):
+    world.set_up()
+    start = world.asked(0)
+    world.workers[0].send(Done(start.seq, 0))
+    world.reply()
+    world.workers[0].send(RingBroken(1, b"a loop"))
+    world.tell(vu.VHOST_USER_GET_QUEUE_NUM)
+    assert world.reply() == (vu.VHOST_USER_GET_QUEUE_NUM, struct.pack("<Q", 4))
+    world.heard(seconds=0.2)
+    assert "queue 1 is stopped, the guest's driver broke it: a loop" in world.logs
+
+
+def test_a_dead_worker_is_left_to_the_supervisor_to_explain(world, monkeypatch):
+    monkeypatch.setattr(control, "LOST_WORKER_SECONDS", 0.3)
+    world.workers[0].close()
+    assert world.heard(seconds=0.1) is None
+    assert world.heard() == FrontendGone(b"worker 0 is gone", False)
+    world.thread.join(2)
+    assert not world.thread.is_alive()
+
+
+def test_the_end_of_the_supervisor_is_the_end(world):
+    world.supervisor.close()
+    world.thread.join(2)
+    assert not world.thread.is_alive()

@@ -1,0 +1,317 @@
+"""The supervisor with children that play a script instead of serving: what starts, what ends, what is logged last."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+
+import vfsd.supervisor
+from vfsd.children import Child
+from vfsd.cli import parse_options
+from vfsd.fds import OwnedFd
+from vfsd.log import DEBUG, StderrLog
+from vfsd.roles import Roles
+from vfsd.sockets import adopt_socket, make_listener
+from vfsd.supervisor import Supervisor
+
+PRELUDE = """
+import os, select, signal, sys, time
+from vfsd.channel import Channel
+from vfsd.config import BrokerConfig, ControlConfig, WorkerConfig, read_config
+from vfsd.fds import OwnedFd
+from vfsd.wire.channel import *
+KIND = {"vfsd.broker": BrokerConfig, "vfsd.worker.control": ControlConfig, "vfsd.worker": WorkerConfig}[sys.argv[2]]
+config = read_config(KIND, int(sys.argv[1]))
+channel = Channel.from_fd(OwnedFd(config.channel_fd), SUPERVISOR_TO_CHILD)
+def say(message): channel.send(message)
+def log(text): say(Log(3, text.encode()))
+def hear():
+    while True:
+        select.select([channel], [], [])
+        received = channel.receive()
+        if isinstance(received.message, Stop):
+            os._exit(0)
+        if received.message.fd_count():
+            global fd
+            fd = received.fds[0]
+        return received.message
+def idle():
+    while True:
+        hear()
+"""
+READY = "say(Ready()); idle()"
+HANDED_OVER = "say(Ready()); hear(); hear(); "  # AddWorker(0), Connection
+
+
+class Stage:
+    """Runs a Supervisor in this thread; `act` runs in another one as soon as the log shows a text."""
+
+    def __init__(self, tmp_path, monkeypatch):
+        self.path = os.fsencode(tmp_path / "vhost.sock")
+        self.scripts = {"vfsd.broker": READY, "vfsd.worker.control": READY, "vfsd.worker": READY}
+        self.pids = []
+        self._log_fd = os.memfd_create("log")
+        self.confined = []
+        monkeypatch.setattr(vfsd.supervisor, "lock_down", self.confined.append)
+        stage = self
+
+        def start(child, *details):
+            return stage._start_script(child, *details)
+
+        monkeypatch.setattr(Child, "_start", start)
+        self._over = threading.Event()
+
+    def _start_script(self, child, module, config_fd, pass_fds):
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", PRELUDE + self.scripts[module], str(config_fd), module],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=child._last_words.fileno(), pass_fds=pass_fds, start_new_session=True,
+        )  # fmt: skip
+        self.pids.append(process.pid)
+        return process
+
+    def run(self, *argv, endpoint=None, act=None, when="Waiting for vhost-user socket connection"):
+        options = parse_options(["--shared-dir=/tmp", "--socket-path=unused", "--sandbox=none", "--num-request-queues=2", *argv])
+        log = StderrLog(DEBUG, self._log_fd)
+        actor = threading.Thread(target=self._act, args=(act, when)) if act else None
+        with OwnedFd(os.pidfd_open(os.getpid())) as pidfd, closing(endpoint or make_listener(self.path, None)) as endpoint:
+            roles = Roles(
+                options=options, filters=dict.fromkeys(("broker", "control", "worker", "supervisor"), b""), supervisor_pidfd=pidfd.fileno(), nofile=1024, privileged=False,
+            )  # fmt: skip
+            if actor:
+                actor.start()
+            try:
+                status = Supervisor(roles, endpoint, log).run()
+            finally:
+                self._over.set()
+                if actor:
+                    actor.join()
+        for pid in self.pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+        assert not os.path.exists(self.path)
+        assert not os.path.exists(self.path + b".pid")
+        return status
+
+    def _act(self, act, when):
+        self.wait_for(when)
+        if not self._over.is_set():
+            act()
+
+    def wait_for(self, text):
+        """Until the log shows it, or it is all over."""
+        while text not in self.log() and not self._over.is_set():
+            time.sleep(0.01)
+
+    def connect(self):
+        frontend = socket.socket(socket.AF_UNIX)
+        self.frontends = [*getattr(self, "frontends", []), frontend]
+        frontend.connect(self.path)
+
+    def log(self):
+        return os.pread(self._log_fd, 1 << 20, 0).decode()
+
+    def last_line(self):
+        return self.log().splitlines()[-1].split("] ", 1)[1]
+
+    def close(self):
+        os.close(self._log_fd)
+        for frontend in getattr(self, "frontends", []):
+            frontend.close()
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    stage = Stage(tmp_path, monkeypatch)
+    yield stage
+    stage.close()
+
+
+def test_a_frontend_comes_and_goes(stage):
+    stage.scripts["vfsd.worker.control"] = HANDED_OVER + "os.read(fd.fileno(), 1); say(FrontendGone(b'', True)); idle()"
+
+    def act():
+        stage.connect()
+        stage.frontends[0].send(b"x")
+
+    assert stage.run(act=act) == 0
+    lines = [line.split("] ", 1)[1] for line in stage.log().splitlines()]
+    assert lines[-3:] == [
+        "Waiting for vhost-user socket connection...",
+        "Client connected, servicing requests",
+        "Client disconnected, shutting down",
+    ]
+    assert [each.role for each in stage.confined] == ["supervisor"]
+    assert len(stage.pids) == 3
+
+
+def test_a_second_frontend_is_refused_and_not_left_waiting(stage):
+    stage.scripts["vfsd.worker.control"] = HANDED_OVER + "log('got it'); os.read(fd.fileno(), 1); say(FrontendGone(b'', True)); idle()"
+    refusals = []
+
+    def second():
+        stage.wait_for("got it")
+        try:
+            stage.connect()
+        except ConnectionRefusedError as error:
+            refusals.append(error)
+        stage.frontends[0].send(b"x")
+
+    def act():
+        stage.connect()
+        second()
+
+    assert stage.run(act=act) == 0
+    assert len(refusals) == 1
+
+
+def test_a_breach_of_the_frontend_is_status_1_with_its_reason_last(stage):
+    stage.scripts["vfsd.worker.control"] = HANDED_OVER + "say(FrontendGone(b'VHOST_USER_SET_OWNER: odd\\n', False)); idle()"
+    assert stage.run(act=stage.connect) == 1
+    assert stage.last_line() == "the frontend's connection was closed: VHOST_USER_SET_OWNER: odd\\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_everything_with_status_0(stage, number):
+    assert stage.run(act=lambda: os.kill(os.getpid(), number)) == 0
+    assert stage.last_line() == f"{number.name} received, shutting down"
+
+
+def test_a_child_that_does_not_stop_is_killed_within_a_second(stage):
+    stage.scripts["vfsd.broker"] = "signal.signal(signal.SIGTERM, signal.SIG_IGN); say(Ready()); time.sleep(60)"
+    ends = []
+
+    def act():
+        ends.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(act=act) == 0
+    assert time.monotonic() - ends[0] < 1.0
+
+
+def test_a_failed_start_says_why_and_is_status_1(stage):
+    stage.scripts["vfsd.broker"] = "say(Failed(b'sandbox: cannot mount a procfs: EPERM; use --sandbox=chroot')); os._exit(1)"
+    assert stage.run() == 1
+    assert stage.last_line() == "broker could not start: sandbox: cannot mount a procfs: EPERM; use --sandbox=chroot"
+
+
+def test_a_child_that_cannot_even_begin_leaves_its_last_words(stage):
+    stage.scripts["vfsd.worker"] = "import no_such_module"
+    assert stage.run() == 1
+    assert "worker 0 (pid " in stage.last_line()
+    assert stage.last_line().endswith("ended with exit status 1 before it was ready: ModuleNotFoundError: No module named 'no_such_module'")
+
+
+def test_a_child_that_is_never_ready_is_named(stage, monkeypatch):
+    monkeypatch.setattr(vfsd.supervisor, "START_SECONDS", 0.5)
+    stage.scripts["vfsd.worker"] = "idle()"
+    stage.scripts["vfsd.broker"] = "say(Ready()); idle()"
+    assert stage.run() == 1
+    assert "not ready after" in stage.last_line()
+    assert "worker 0" in stage.last_line()
+
+
+def test_the_last_line_names_the_child_that_was_killed_not_those_that_lost_it(stage):
+    stage.scripts["vfsd.broker"] = (
+        "say(Ready()); hear(); time.sleep(0.2); fd.close(); time.sleep(0.02); os.kill(os.getpid(), signal.SIGSEGV)"
+    )
+    stage.scripts["vfsd.worker"] = "say(Ready()); os.read(config.broker_fd, 1); os._exit(0)"
+    assert stage.run(act=lambda: None) == 1
+    assert "broker (pid " in stage.last_line()
+    assert stage.last_line().endswith("was killed by SIGSEGV")
+
+
+def test_a_death_by_seccomp_is_explained(stage):
+    stage.scripts["vfsd.worker"] = "say(Ready()); time.sleep(0.3); os.kill(os.getpid(), signal.SIGSYS)"
+    assert stage.run(act=lambda: None) == 1
+    assert stage.last_line().endswith("was killed by SIGSYS: it made a system call that its seccomp filter does not allow")
+
+
+def test_a_child_that_breaks_the_channels_protocol_ends_everything(stage):
+    stage.scripts["vfsd.worker"] = "say(Ready()); say(NeedWorker(1)); idle()"
+    assert stage.run(act=lambda: None) == 1
+    assert stage.last_line().startswith("worker 0 broke the protocol of its supervisor channel: message tag 19")
+
+
+def test_a_worker_that_breaks_the_brokers_protocol_ends_everything(stage):
+    stage.scripts["vfsd.broker"] = "say(Ready()); say(Breach(0, b'unknown tag')); idle()"
+    assert stage.run(act=lambda: None) == 1
+    assert stage.last_line() == "worker 0 broke the broker's protocol: unknown tag"
+
+
+def test_further_workers_are_started_when_control_asks_and_introduced(stage):
+    stage.scripts["vfsd.worker.control"] = (
+        "say(Ready()); hear(); hear(); say(NeedWorker(1)); m = hear(); os.write(fd.fileno(), b'c'); log(f'control: {m}'); idle()"
+    )
+    stage.scripts["vfsd.broker"] = "say(Ready()); hear(); m = hear(); os.write(fd.fileno(), b'b'); log(f'broker: {m}'); idle()"
+    stage.scripts["vfsd.worker"] = (
+        "say(Ready())\n"
+        "if config.index == 1:\n"
+        "    log(f'worker {config.index} hears {os.read(config.control_fd, 1)} and {os.read(config.broker_fd, 1)}')\n"
+        "idle()"
+    )
+
+    def act():
+        stage.connect()
+        stage.wait_for("hears")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(act=act) == 0
+    for text in ("control: AddWorker(index=1)", "broker: AddWorker(index=1)", "vfsd::worker1] worker 1 hears b'c' and b'b'"):
+        assert text in stage.log()
+
+
+@pytest.mark.parametrize("asked", ["NeedWorker(0)", "NeedWorker(2)", "NeedWorker(1)); say(NeedWorker(1)"])
+def test_workers_are_bounded_and_started_once(stage, asked):
+    stage.scripts["vfsd.worker.control"] = f"say(Ready()); hear(); hear(); say({asked}); idle()"
+    assert stage.run(act=stage.connect) == 1
+    assert "which exists or must not exist" in stage.last_line()
+    assert len(stage.pids) <= 4
+
+
+def test_a_connected_socket_is_handed_over_at_once(stage):
+    stage.scripts["vfsd.worker.control"] = HANDED_OVER + "os.read(fd.fileno(), 1); say(FrontendGone(b'', True)); idle()"
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.send(b"x")
+        assert stage.run(endpoint=adopt_socket(theirs.detach())) == 0
+    assert "Waiting" not in stage.log()
+
+
+def test_children_have_no_environment_no_terminal_and_nothing_else_open(stage, monkeypatch):
+    monkeypatch.setenv("VFSD_TEST_SECRET", "x")
+    stage.scripts["vfsd.worker"] = """
+mine = {0, 1, 2, config.channel_fd, config.control_fd, config.broker_fd, config.supervisor_pidfd}
+opened = {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}") or int(name) in mine}
+log(f"secret {'VFSD_TEST_SECRET' in os.environ}, session leader {os.getsid(0) == os.getpid()}, more {opened - mine}, less {mine - opened}")
+say(Ready()); idle()
+"""
+    assert stage.run(act=lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
+    assert "secret False, session leader True, more set(), less set()" in stage.log()
+
+
+def test_options_reach_the_children(stage):
+    stage.scripts["vfsd.worker"] = "log(f'{config.cache} {config.readonly} {config.index}'); say(Ready()); idle()"
+    stage.scripts["vfsd.broker"] = "log(f'{config.shared_dir} {config.inode_file_handles}'); say(Ready()); idle()"
+    stage.run("--cache=never", "--readonly", "--inode-file-handles=never", act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert "never True 0" in stage.log()
+    assert "b'/tmp' never" in stage.log()
+
+
+def test_capabilities_follow_the_options():
+    options = parse_options(["--shared-dir=/tmp", "--fd=9"])
+    roles = Roles(options=options, filters=dict.fromkeys(("broker", "control", "worker", "supervisor"), b""), supervisor_pidfd=3, nofile=10**6, privileged=True)  # fmt: skip
+    assert "DAC_READ_SEARCH" in roles.broker(4).confinement.capabilities
+    never = replace(roles, options=replace(options, inode_file_handles="never"))
+    assert "DAC_READ_SEARCH" not in never.broker(4).confinement.capabilities
+    for confined in (roles.control(4).confinement, roles.worker(0, 4, 5, 6).confinement):
+        assert (confined.capabilities, confined.uid, confined.gid, confined.landlock) == ((), 65534, 65534, True)
+        assert confined.nofile < 10**6
+    assert replace(roles, privileged=False).worker(0, 4, 5, 6).confinement.uid is None
+    assert replace(roles, privileged=False).broker(4).confinement.capabilities == ()

@@ -1,0 +1,5 @@
+"""`python -m vfsd` is `vfsd`."""
+
+from vfsd.cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""The broker's start: configuration, root, lock-down, then service. `python -I -m vfsd.broker CONFIG_FD`."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+
+from vfsd.broker.credentials import Credentials
+from vfsd.broker.pool import Pool
+from vfsd.broker.server import Server, Task
+from vfsd.broker.share import Settings, Share
+from vfsd.broker.watchdog import Watchdog
+from vfsd.channel import Channel
+from vfsd.config import BrokerConfig, read_config
+from vfsd.log import ChildLog
+from vfsd.role import run_role
+from vfsd.sandbox import capabilities, syscalls
+from vfsd.sandbox.lockdown import lock_down
+from vfsd.sandbox.namespaces import enter_share
+from vfsd.wire.channel import Breach, Ready, bounded
+
+POOL_THREADS = 16
+_PATH_FDS_MOST = 1024  # remembered directories; more would not make lookups faster
+_PATH_FDS_SHARE = 8  # of the limit of open files
+
+
+def main() -> None:
+    config = read_config(BrokerConfig, int(sys.argv[1]))
+    run_role(config, "broker", lambda channel, log: _serve(config, channel, log))
+
+
+def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
+    root = enter_share(config.sandbox, config.shared_dir, config.readonly)
+    os.umask(0)
+    credentials = _credentials(config, log)
+    server = Server(log, lambda worker, text: _report(channel, worker, text))
+    watchdog = Watchdog(channel, server)
+    pool: Pool[Task] = Pool(server, POOL_THREADS, watchdog.wake)
+    lock_down(config.confinement, start_threads=lambda: pool.start(_own_umask))
+    settings = Settings(
+        config.inode_file_handles,
+        config.readonly,
+        config.announce_submounts,
+        min(_PATH_FDS_MOST, config.nofile // _PATH_FDS_SHARE),
+    )
+    server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.notify))
+    # Nothing here makes cycles, and a collection over a million inodes would be a pause that every guest feels.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    channel.send(Ready())
+    pool.release()
+    watchdog.watch(pool)
+
+
+def _own_umask() -> None:
+    """Give this thread a working directory and umask of its own."""
+    syscalls.unshare(syscalls.CLONE_FS)
+
+
+def _credentials(config: BrokerConfig, log: ChildLog) -> Credentials:
+    """Without the capabilities for it nobody else's files can be made: then all belong to who started vfsd."""
+    if capabilities.may("SETUID") and capabilities.may("SETGID"):
+        return Credentials(capabilities.mask_of(config.confinement.capabilities) & capabilities.permitted())
+    log.warning("no CAP_SETUID and CAP_SETGID: new files belong to the user who started vfsd, whoever makes them in the guest")
+    return Credentials(None)
+
+
+def _report(channel: Channel, worker: int, text: str) -> None:
+    channel.send(Breach(worker, bounded(text)))
+
+
+if __name__ == "__main__":
+    main()

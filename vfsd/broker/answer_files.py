@@ -1,0 +1,151 @@
+"""Handlers of open files and directories: open, create, hand out again, sync, allocate, release.
+
+A worker gets descriptors of regular files and directories only, opened with the flags in `_OPEN_FLAGS` and no others.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from vfsd.broker.answer_names import check_name, look_up
+from vfsd.broker.answers import NOTHING, Answer, Call, Granted
+from vfsd.broker.inode_store import Pin
+from vfsd.broker.share import Entry, Share
+from vfsd.errors import ReplyErrno
+from vfsd.fds import OwnedFd
+from vfsd.sandbox import filecalls
+from vfsd.wire.broker_messages import Create, FAllocate, Fetch, Flush, FSync, Open, OpenDir, Release
+
+# What of the guest's flags reaches the host. O_APPEND does not: descriptions are shared, each write says whether it appends.
+# O_DIRECT and O_NOATIME do not: the Rust daemon's default too.
+_OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
+_REFUSED_FLAGS = os.O_CREAT | (os.O_TMPFILE & ~os.O_DIRECTORY)
+_READ_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
+_NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FALLOCATE_MODES = 0x7F  # KEEP_SIZE … UNSHARE_RANGE
+
+
+def answer_open(share: Share, call: Call, message: Open) -> Answer:
+    if message.flags & _REFUSED_FLAGS:
+        raise ReplyErrno(errno.EINVAL)
+    with share.store.pin(message.nodeid, call.session) as inode:
+        return _open_existing(share, call, inode, message.flags)
+
+
+def _open_existing(share: Share, call: Call, inode: Pin, flags: int) -> Answer:
+    _refuse_writing(share, flags)
+    if inode.is_directory and flags & os.O_ACCMODE != os.O_RDONLY:
+        raise ReplyErrno(errno.EISDIR)
+    return _keep(share, call, inode, share.open_inode(inode, flags & _OPEN_FLAGS))
+
+
+def _refuse_writing(share: Share, flags: int) -> None:
+    if share.settings.readonly and (flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC):
+        raise ReplyErrno(errno.EROFS)
+
+
+def _keep(share: Share, call: Call, inode: Pin, fd: OwnedFd) -> Answer:
+    """Enter an open file and donate a copy. Takes over `fd`."""
+    try:
+        traits = share.traits.of(fd.fileno(), inode.mount_id, inode.device)
+        copy = OwnedFd(os.dup(fd.fileno()))
+    except OSError:
+        fd.close()
+        raise
+    try:
+        opened = share.files.add(call.session, inode.nodeid, fd, traits, inode.mount_id, is_directory=inode.is_directory)
+    except ReplyErrno:
+        copy.close()
+        raise
+    return Answer([opened.fh, traits, inode.mount_id], copy, Granted.FILE, opened.fh)
+
+
+def answer_opendir(share: Share, call: Call, message: OpenDir) -> Answer:
+    with share.store.pin(message.nodeid, call.session) as inode:
+        if not inode.is_directory:
+            raise ReplyErrno(errno.ENOTDIR)
+        return _keep(share, call, inode, share.open_inode(inode, _READ_DIRECTORY))
+
+
+def answer_create(share: Share, call: Call, message: Create) -> Answer:
+    """Make and open a file as the caller; an existing one is opened as OPEN would, unless the caller wanted it new."""
+    check_name(message.name)
+    with share.store.pin(message.parent, call.session) as parent:
+        made = _create(share, parent, message)
+        if made is None:
+            return _open_found(share, call, parent, message)
+        try:
+            entry = share.adopt(call.session, share.path_again(made.fileno()), parent)
+            return _created(share, call, entry, made)
+        finally:
+            made.close()
+
+
+def _create(share: Share, parent: Pin, message: Create) -> OwnedFd | None:
+    """The new file's descriptor, None if the name exists and may."""
+    flags = message.flags & _OPEN_FLAGS & ~os.O_TRUNC | _NEW_FILE
+    try:
+        with share.path_of(parent) as directory, share.credentials.of_caller(message.uid, message.gid):
+            return OwnedFd(os.open(message.name, flags, message.mode & 0o7777, dir_fd=directory.fd))
+    except FileExistsError:
+        if message.flags & os.O_EXCL:
+            raise
+        return None
+
+
+def _created(share: Share, call: Call, entry: Entry, made: OwnedFd) -> Answer:
+    """The inode comes from the descriptor itself, not from the name, which another may have changed meanwhile."""
+    try:
+        with share.store.pin(entry.nodeid, call.session) as inode:
+            answer = _keep(share, call, inode, OwnedFd(made.detach()))
+        return answer._replace(fields=[*entry, *answer.fields])
+    except (ReplyErrno, OSError):
+        share.store.forget([entry.nodeid, 1], call.session)
+        raise
+
+
+def _open_found(share: Share, call: Call, parent: Pin, message: Create) -> Answer:
+    entry = look_up(share, call, parent, message.name)
+    try:
+        with share.store.pin(entry.nodeid, call.session) as inode:
+            answer = _open_existing(share, call, inode, message.flags)
+        return answer._replace(fields=[*entry, *answer.fields])
+    except (ReplyErrno, OSError):
+        share.store.forget([entry.nodeid, 1], call.session)
+        raise
+
+
+def answer_fetch(share: Share, call: Call, message: Fetch) -> Answer:
+    """Another copy of an open file. A directory is opened anew: two workers must not share one reading position."""
+    with share.files.pin(message.nodeid, message.fh, call.session) as opened:
+        if opened.is_directory:
+            copy = OwnedFd(os.open(b".", _READ_DIRECTORY | os.O_CLOEXEC, dir_fd=opened.fd.fileno()))
+        else:
+            copy = opened.duplicate()
+        return Answer([opened.traits, opened.mount_key], copy, Granted.FILE, opened.fh)
+
+
+def answer_release(share: Share, call: Call, message: Release) -> None:
+    share.release_file(message.nodeid, message.fh, call.session, call.worker)
+
+
+def answer_fsync(share: Share, call: Call, message: FSync) -> Answer:
+    with share.files.pin(message.nodeid, message.fh, call.session) as opened:
+        (os.fdatasync if message.data_only else os.fsync)(opened.fd.fileno())
+    return NOTHING
+
+
+def answer_flush(share: Share, call: Call, message: Flush) -> Answer:
+    """Closing any descriptor of the description runs the file system's flush method."""
+    with share.files.pin(message.nodeid, message.fh, call.session) as opened:
+        os.close(os.dup(opened.fd.fileno()))
+    return NOTHING
+
+
+def answer_fallocate(share: Share, call: Call, message: FAllocate) -> Answer:
+    if message.mode & ~_FALLOCATE_MODES:
+        raise ReplyErrno(errno.EOPNOTSUPP)
+    with share.files.pin(message.nodeid, message.fh, call.session) as opened:
+        filecalls.fallocate(opened.fd.fileno(), message.mode, message.offset, message.length)
+    return NOTHING

@@ -1,0 +1,114 @@
+"""Handlers that read and change inodes: attributes, link targets, access, the file system's figures."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from vfsd.broker.answers import NOTHING, Answer, Call, Granted
+from vfsd.broker.inode_store import Pin
+from vfsd.broker.path_fds import PathFd
+from vfsd.broker.share import Share, encode_attr
+from vfsd.errors import ReplyErrno
+from vfsd.sandbox import filecalls
+from vfsd.sandbox.filecalls import UTIME_NOW, UTIME_OMIT
+from vfsd.wire import attr
+from vfsd.wire.broker_messages import Access, Forget, GetAttr, ReadLink, SetAttr, StatFs, SyncFs
+
+_KEEP = 0xFFFFFFFF  # (uid_t)-1: chown leaves it as it is
+_EXECUTE, _WRITE, _READ = 1, 2, 4
+
+
+def answer_forget(share: Share, call: Call, message: Forget) -> None:
+    share.store.forget(message.pairs, call.session)
+
+
+def answer_getattr(share: Share, call: Call, message: GetAttr) -> Answer:
+    with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
+        seen = path.statx()
+        fields = [encode_attr(seen)]
+        if not share.donations.worthwhile(inode.nodeid):
+            return Answer(fields)
+        return Answer(fields, share.path_again(path.fd), Granted.NODE, inode.nodeid)
+
+
+def answer_setattr(share: Share, call: Call, message: SetAttr) -> Answer:
+    """In the order of semantics.md 4: mode, owner, size, times. The first failure ends it, as on a local file system."""
+    with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
+        magic_link = b"%d" % path.fd
+        if message.valid & attr.SET_MODE:
+            os.chmod(magic_link, message.mode & 0o7777, dir_fd=share.proc_self_fd)
+        if message.valid & (attr.SET_UID | attr.SET_GID):
+            uid = message.uid if message.valid & attr.SET_UID else _KEEP
+            gid = message.gid if message.valid & attr.SET_GID else _KEEP
+            filecalls.fchownat(path.fd, uid, gid)
+        if message.valid & attr.SET_SIZE:
+            _set_size(share, call, inode, message)
+        times = _times(message)
+        if times is not None:
+            filecalls.utimensat(share.proc_self_fd, magic_link, times)
+        return Answer([encode_attr(path.statx())])
+
+
+def _set_size(share: Share, call: Call, inode: Pin, message: SetAttr) -> None:
+    if message.fh:
+        with share.files.pin(inode.nodeid, message.fh, call.session) as opened:
+            os.ftruncate(opened.fd.fileno(), message.size)
+        return
+    with share.open_inode(inode, os.O_RDWR) as fd:
+        os.ftruncate(fd.fileno(), message.size)
+
+
+def _times(message: SetAttr) -> tuple[int, int, int, int] | None:
+    """The four numbers of utimensat(2), None if no time changes."""
+    if not message.valid & (attr.SET_ATIME | attr.SET_MTIME | attr.SET_ATIME_NOW | attr.SET_MTIME_NOW):
+        return None
+    atime = _time(message.valid, attr.SET_ATIME_NOW, attr.SET_ATIME, message.atime, message.atime_nsec)
+    mtime = _time(message.valid, attr.SET_MTIME_NOW, attr.SET_MTIME, message.mtime, message.mtime_nsec)
+    return *atime, *mtime
+
+
+def _time(valid: int, now_bit: int, set_bit: int, seconds: int, nsec: int) -> tuple[int, int]:
+    if valid & now_bit:
+        return 0, UTIME_NOW
+    return (seconds, nsec) if valid & set_bit else (0, UTIME_OMIT)
+
+
+def answer_readlink(share: Share, call: Call, message: ReadLink) -> Answer:
+    with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
+        return Answer([os.readlink(b"", dir_fd=path.fd)])
+
+
+def answer_statfs(share: Share, call: Call, message: StatFs) -> Answer:
+    with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
+        seen = os.fstatvfs(path.fd)
+    return Answer([
+        seen.f_blocks, seen.f_bfree, seen.f_bavail, seen.f_files, seen.f_ffree, seen.f_bsize, seen.f_namemax, seen.f_frsize,
+    ])  # fmt: skip
+
+
+def answer_access(share: Share, call: Call, message: Access) -> Answer:
+    """By mode bits, for the caller's uid and gid; root may all but execute what nobody may execute."""
+    if message.mask & ~(_READ | _WRITE | _EXECUTE):
+        raise ReplyErrno(errno.EINVAL)
+    if message.mask & _WRITE and share.settings.readonly:
+        raise ReplyErrno(errno.EROFS)
+    with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
+        if not _permits(path, message):
+            raise ReplyErrno(errno.EACCES)
+    return NOTHING
+
+
+def _permits(path: PathFd, message: Access) -> bool:
+    seen = path.statx()
+    if message.uid == 0:
+        is_directory = seen.mode & 0o170000 == 0o040000
+        return not message.mask & _EXECUTE or is_directory or bool(seen.mode & 0o111)
+    shift = 6 if message.uid == seen.uid else 3 if message.gid == seen.gid else 0
+    return message.mask & ~(seen.mode >> shift) & 7 == 0
+
+
+def answer_syncfs(share: Share, call: Call, message: SyncFs) -> Answer:
+    with share.store.pin(message.nodeid, call.session) as inode, share.open_inode(inode, os.O_RDONLY) as fd:
+        filecalls.syncfs(fd.fileno())
+    return NOTHING

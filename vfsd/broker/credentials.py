@@ -1,0 +1,59 @@
+"""Making files as the guest's user: this thread's uid and gid change for one system call, and back.
+
+Raw system calls change one thread; os.setresuid would change all. The thread keeps CAP_DAC_OVERRIDE while it is the user:
+the guest's kernel has already decided by the user's groups, which the host does not know, that the call is permitted. It
+does not keep CAP_FSETID: a file made in a set-group-id directory by a stranger to that group must lose its set-group-id bit
+(CVE-2022-0358).
+
+A thread that cannot become itself again would serve the next request as somebody else: the broker ends instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vfsd.sandbox import filecalls
+
+CAP_DAC_OVERRIDE = 1 << 1
+EXIT_CREDENTIALS_LOST = 70
+
+
+class Credentials:
+    """`permitted`: the broker's own permitted set, restored after each switch; None where ids cannot be set at all."""
+
+    def __init__(self, permitted: int | None) -> None:
+        self._permitted = permitted
+
+    @contextmanager
+    def of_caller(self, uid: int, gid: int) -> Iterator[None]:
+        """Be (uid, gid) on this thread inside the block. OSError if the host refuses the ids."""
+        if self._permitted is None or (uid == 0 and gid == 0):
+            yield
+            return
+        self._become(uid, gid, self._permitted)
+        try:
+            yield
+        finally:
+            self._return(uid, self._permitted)
+
+    def _become(self, uid: int, gid: int, permitted: int) -> None:
+        filecalls.set_thread_gid(gid)
+        if uid == 0:
+            return
+        try:
+            filecalls.set_thread_uid(uid)  # clears the effective set
+            filecalls.set_thread_effective_capabilities(permitted & CAP_DAC_OVERRIDE, permitted)
+        except OSError:
+            self._return(uid, permitted)
+            raise
+
+    def _return(self, uid: int, permitted: int) -> None:
+        try:
+            if uid != 0:
+                filecalls.set_thread_uid(0)
+                filecalls.set_thread_effective_capabilities(permitted, permitted)
+            filecalls.set_thread_gid(0)
+        except OSError:
+            os._exit(EXIT_CREDENTIALS_LOST)

@@ -1,0 +1,257 @@
+"""The broker's work: packets of workers in, requests to their handlers, answers out; and sessions.
+
+The threads are the pool's (pool.py); the main thread is the watchdog and hears the supervisor (watchdog.py). What a worker
+breaks costs that worker its link, nothing else. What vfsd itself breaks costs one request an EIO and the log a line.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from vfsd.broker.answers import Answer, Call, Granted
+from vfsd.broker.requests import HANDLERS
+from vfsd.broker.session_change import SessionChange
+from vfsd.broker.share import Share
+from vfsd.broker.worker_link import UNREAD_SECONDS, Outcome, WorkerLink
+from vfsd.errors import ReplyErrno, WorkerBreach
+from vfsd.fds import OwnedFd
+from vfsd.log import ChildLog
+from vfsd.wire import broker_messages as wire
+
+
+class Task(NamedTuple):
+    """One request and where it came from."""
+
+    link: WorkerLink
+    session: int
+    spec: wire.Spec
+    request_id: int
+    message: Any
+
+
+class Server:
+    """Implements pool.Work. `report_breach(worker, text)` tells the supervisor."""
+
+    def __init__(self, log: ChildLog, report_breach: Callable[[int, str], None]) -> None:
+        self._log = log
+        self._report_breach = report_breach
+        self._share: Share | None = None
+        self._epoll = select.epoll()
+        self._links: dict[int, WorkerLink] = {}  # by descriptor
+        self._by_index: dict[int, WorkerLink] = {}
+        self._ready: deque[tuple[int, int]] = deque()
+        self._interest: dict[int, int] = {}
+        self._links_lock = threading.Lock()
+        self._turn_link: WorkerLink | None = None
+        self._outcomes: list[Outcome] = []
+        self._changes = SessionChange()
+
+    def serve(self, share: Share) -> None:
+        self._share = share
+
+    @property
+    def share(self) -> Share:
+        if self._share is None:
+            raise RuntimeError("the broker has no share yet")
+        return self._share
+
+    # --- links -------------------------------------------------------------------------------------------------------
+
+    def add_worker(self, index: int, fd: OwnedFd) -> None:
+        """Serve another worker."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd.detach())
+        link = WorkerLink(index, sock, self.share.lock, self._still_granted)
+        with self._links_lock:
+            self._links[link.fileno()] = link
+            self._by_index[index] = link
+            self._interest[link.fileno()] = select.EPOLLIN
+        self._epoll.register(link.fileno(), select.EPOLLIN)
+
+    def _remove(self, link: WorkerLink) -> None:
+        with self._links_lock:
+            if link.closed:
+                return
+            fd = link.fileno()
+            self._links.pop(fd, None)
+            self._interest.pop(fd, None)
+            self._by_index.pop(link.index, None)
+            self._epoll.unregister(fd)
+            link.close()
+        self._settle_change(self._changes.gone(link.index))
+
+    def _breach(self, link: WorkerLink, text: str) -> None:
+        self._log.error(f"worker {link.index} broke the broker protocol: {text}")
+        self._report_breach(link.index, text)
+        self._remove(link)
+
+    def _update_interest(self, link: WorkerLink) -> None:
+        """Read unless it is congested, wait for room if packets wait."""
+        wanted = (0 if link.congested else select.EPOLLIN) | (select.EPOLLOUT if link.has_queue else 0)
+        with self._links_lock:
+            if not link.closed and self._interest[link.fileno()] != wanted:
+                self._epoll.modify(link.fileno(), wanted)
+                self._interest[link.fileno()] = wanted
+
+    def notify(self, workers: int, notice: wire.Notice) -> None:
+        """Queue a notice to the workers whose bits are set."""
+        for index, link in list(self._by_index.items()):
+            if workers >> index & 1:
+                self._post(link, [], [notice])
+
+    def _post(self, link: WorkerLink, outcomes: list[Outcome], notices: list[wire.Notice]) -> None:
+        link.post(outcomes, notices)
+        self._update_interest(link)
+
+    def _still_granted(self, worker: int, outcome: Outcome) -> bool:
+        """Enter a grant if what it belongs to still lives. Called under the share's lock."""
+        answer, share = outcome.answer, self.share
+        if answer is None:
+            return False
+        if answer.granted is Granted.NODE:
+            alive = share.store.alive(answer.granted_id)
+            if alive:
+                share.donations.grant(answer.granted_id, worker)
+            return alive
+        alive = share.files.alive(answer.granted_id)
+        if alive:
+            share.files.grant(answer.granted_id, worker)
+        return alive
+
+    def tick(self, now: float) -> None:
+        """The watchdog's slower duties: workers that do not read or do not acknowledge, descriptors nobody uses."""
+        for link in list(self._by_index.values()):
+            if link.unread_for(now) > UNREAD_SECONDS:
+                self._breach(link, f"has not read its replies for {UNREAD_SECONDS:.0f} s")
+        for index in self._changes.overdue(now):
+            overdue = self._by_index.get(index)
+            if overdue is not None:
+                self._breach(overdue, "has not acknowledged a new session")
+        self.share.paths.sweep(now)
+
+    # --- pool.Work ---------------------------------------------------------------------------------------------------
+
+    def next_turn(self) -> deque[Task]:
+        while True:
+            if not self._ready:
+                self._ready.extend(self._epoll.poll())
+            fd, events = self._ready.popleft()
+            link = self._links.get(fd)
+            if link is None:
+                continue
+            if events & select.EPOLLOUT:
+                link.flush()
+                self._update_interest(link)
+            if events & ~select.EPOLLOUT:
+                tasks = self._receive(link)
+                if tasks:
+                    self._turn_link = link
+                    return tasks
+
+    def _receive(self, link: WorkerLink) -> deque[Task] | None:
+        try:
+            packet = link.receive()
+            if packet is None:
+                return None
+            if not packet:
+                self._remove(link)
+                return None
+            session, requests = wire.decode_requests(packet)
+            if not link.greeted and requests[0][0].message is not wire.Hello:
+                raise WorkerBreach("its first message was not Hello")
+        except WorkerBreach as breach:
+            self._breach(link, str(breach))
+            return None
+        link.greeted = True
+        link.expect(sum(1 for spec, _id, _message in requests if spec.reply is not None))
+        return deque(Task(link, session, spec, request_id, message) for spec, request_id, message in requests)
+
+    def mount_of(self, task: Task) -> int:
+        first = task.message[0] if task.spec.in_session and task.message else 0
+        return self.share.store.mount_of(first) if type(first) is int else 0
+
+    def run(self, task: Task) -> Callable[[bool], None]:
+        outcome = self._serve(task)
+        if outcome is None:
+            return _nothing_to_deliver
+
+        def deliver(late: bool) -> None:
+            if late:
+                self._post(task.link, [outcome], [])
+            else:
+                self._outcomes.append(outcome)
+
+        return deliver
+
+    def finish_turn(self) -> None:
+        link, outcomes = self._turn_link, self._outcomes
+        self._turn_link, self._outcomes = None, []
+        if link is not None and (outcomes or link.owes_acknowledgement):
+            self._post(link, outcomes, [])
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _serve(self, task: Task) -> Outcome | None:
+        """Run one request; None if no answer is owed, or not yet."""
+        try:
+            answer = self._answer(task)
+        except ReplyErrno as error:
+            return self._failed(task, error.errno)
+        except OSError as error:
+            return self._failed(task, error.errno or errno.EIO)
+        except Exception as error:  # noqa: BLE001  # the dispatch boundary: whatever else is raised is a bug of ours
+            self._log.bug(task.spec.message.__name__, error)
+            return self._failed(task, errno.EIO)
+        return None if answer is None else Outcome(task.request_id, 0, answer)
+
+    def _failed(self, task: Task, number: int) -> Outcome | None:
+        return None if task.spec.reply is None else Outcome(task.request_id, number, None)
+
+    def _answer(self, task: Task) -> Answer | None:
+        if not task.spec.in_session:
+            return self._change_session(task)
+        row = HANDLERS[task.spec.message]
+        if task.session != self.share.session:
+            raise ReplyErrno(errno.ESTALE)
+        if row.writes and self.share.settings.readonly:
+            raise ReplyErrno(errno.EROFS)
+        return row.handler(self.share, Call(task.session, task.link.index), task.message)
+
+    # --- sessions ----------------------------------------------------------------------------------------------------
+
+    def _change_session(self, task: Task) -> Answer | None:
+        message = task.message
+        if isinstance(message, wire.Hello):
+            if message.version != wire.PROTOCOL_VERSION:
+                raise ReplyErrno(errno.EPROTO)
+            return Answer([self.share.session, self.share.session_flags])
+        if isinstance(message, wire.SessionAck):
+            self._settle_change(self._changes.acknowledged(message.session, task.link.index))
+            return None
+        self._begin_session(task, message.flags | wire.SESSION_ACTIVE if isinstance(message, wire.SessionStart) else 0)
+        return None
+
+    def _begin_session(self, task: Task, flags: int) -> None:
+        """Wipe, tell every worker, and answer when all have dropped what was of the old session."""
+        session = self.share.begin_session(flags)
+        links = list(self._by_index.values())
+        superseded = self._changes.begin(session, task, [link.index for link in links], time.monotonic())
+        if superseded is not None:
+            self._post(superseded.link, [Outcome(superseded.request_id, errno.ESTALE, None)], [])
+        for link in links:
+            self._post(link, [], [wire.SessionNotice(session, flags)])
+
+    def _settle_change(self, finished: Task | None) -> None:
+        if finished is not None:
+            fields = [self.share.session] if finished.spec.message is wire.SessionStart else []
+            self._post(finished.link, [Outcome(finished.request_id, 0, Answer(fields))], [])
+
+
+def _nothing_to_deliver(late: bool) -> None:
+    """For messages that are not answered, or later."""

@@ -1,0 +1,178 @@
+"""The shared directory as the broker knows it: inodes, mounts, open files, sessions. What the request handlers work on.
+
+Everything that a freed inode or a closed file leaves behind comes through here, so that descriptors, mount references and
+donated copies go in one place. One lock orders inodes, open files, grants and drops; no system call is made under it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vfsd.broker.credentials import Credentials
+from vfsd.broker.donations import NodeDonations
+from vfsd.broker.file_handles import FileHandles, Log, device_of
+from vfsd.broker.inode_store import Identity, InodeStore, Pin, Released
+from vfsd.broker.mount_fds import MountFds
+from vfsd.broker.open_files import OpenFiles
+from vfsd.broker.path_fds import PathFd, PathFds
+from vfsd.broker.traits import Traits
+from vfsd.errors import ReplyErrno
+from vfsd.fds import OwnedFd
+from vfsd.sandbox import filecalls
+from vfsd.sandbox.filecalls import Statx
+from vfsd.wire.attr import ATTR, ATTR_SUBMOUNT, encode_rdev
+from vfsd.wire.broker_messages import DropFile, DropNode, Notice
+
+_NO_FD = -1
+_REOPEN_AS_PATH = os.O_PATH | os.O_CLOEXEC
+
+
+class Entry(NamedTuple):
+    """An inode whose lookup has been counted: nodeid and attribute record."""
+
+    nodeid: int
+    attr: bytes
+
+
+class Settings(NamedTuple):
+    """What the user decided."""
+
+    inode_file_handles: str
+    readonly: bool
+    announce_submounts: bool
+    path_fd_budget: int
+
+
+def encode_attr(seen: Statx, flags: int = 0) -> bytes:
+    return ATTR.pack(
+        seen.ino, seen.size, seen.blocks, seen.atime, seen.mtime, seen.ctime, seen.atime_nsec, seen.mtime_nsec, seen.ctime_nsec,
+        seen.mode, seen.nlink, seen.uid, seen.gid, encode_rdev(seen.rdev_major, seen.rdev_minor), seen.blksize, flags,
+    )  # fmt: skip
+
+
+class Share:
+    """`notify(worker bits, notice)` queues a notice to those workers."""
+
+    def __init__(
+        self, root: OwnedFd, proc_self_fd: OwnedFd, settings: Settings, credentials: Credentials, log: Log,
+        notify: Callable[[int, Notice], None],
+    ) -> None:  # fmt: skip
+        self.root = root
+        self.proc_self_fd = proc_self_fd.fileno()
+        self._proc_self_fd = proc_self_fd
+        self.settings = settings
+        self.credentials = credentials
+        self.log = log
+        self._notify = notify
+        self.lock = threading.Lock()
+        self.mounts = MountFds(self.proc_self_fd)
+        self.handles = FileHandles(settings.inode_file_handles, self.mounts, log)
+        self.paths = PathFds(self.handles, settings.path_fd_budget)
+        self.store = InodeStore(self.lock, self._release_inodes)
+        self.files = OpenFiles(self.lock)
+        self.donations = NodeDonations()
+        self.traits = Traits()
+        self.session = 0
+        self.session_flags = 0
+        self._insert_root()
+
+    def _insert_root(self) -> None:
+        root_fd = os.open(b".", _REOPEN_AS_PATH, dir_fd=self.root.fileno())
+        identity = self.handles.settle(root_fd)
+        held = identity.handle_key is not None and self.mounts.acquire(identity.mount_id, root_fd, identity.file_type)
+        self.store.insert_root(identity, fd=root_fd, held_mount=held)
+
+    def path_of(self, inode: Pin) -> PathFd:
+        return self.paths.of(inode)
+
+    def adopt(self, session: int, path_fd: OwnedFd, parent: Pin) -> Entry:
+        """Make the inode behind an O_PATH descriptor known to the guest, and count one lookup.
+
+        Handle, attributes and type all come from this one descriptor, so they are of one inode whatever happens to its name.
+        Takes over `path_fd`.
+        """
+        try:
+            seen = filecalls.statx(path_fd.fileno())
+            identity = self.handles.identify(path_fd.fileno(), seen)
+            nodeid = self.store.count_lookup(identity, session)
+            if nodeid is None:
+                nodeid = self._insert(session, path_fd, identity)
+            return Entry(nodeid, encode_attr(seen, self._attr_flags(seen, parent)))
+        finally:
+            path_fd.close()
+
+    def _insert(self, session: int, path_fd: OwnedFd, identity: Identity) -> int:
+        held = identity.handle_key is not None and self.mounts.acquire(identity.mount_id, path_fd.fileno(), identity.file_type)
+        kept = _NO_FD if held else os.dup(path_fd.fileno())
+        if not held:  # without a mount descriptor the handle could not be opened: it must not be found by it
+            identity = identity._replace(handle_key=None)
+        try:
+            nodeid, inserted = self.store.insert(identity, session, fd=kept, held_mount=held)
+        except ReplyErrno:
+            self._give_back(identity.mount_id, kept, held=held)
+            raise
+        if not inserted:
+            self._give_back(identity.mount_id, kept, held=held)
+        return nodeid
+
+    def _give_back(self, mount_id: int, fd: int, *, held: bool) -> None:
+        if held:
+            self.mounts.release(mount_id)
+        if fd != _NO_FD:
+            os.close(fd)
+
+    def _attr_flags(self, seen: Statx, parent: Pin) -> int:
+        if not self.settings.announce_submounts or seen.mode & 0o170000 != 0o040000:
+            return 0
+        return ATTR_SUBMOUNT if seen.mnt_id != parent.mount_id or device_of(seen) != parent.device else 0
+
+    def open_inode(self, inode: Pin, flags: int) -> OwnedFd:
+        """A real descriptor of an inode: the only place where one is made. EBADF for all but regular files and directories.
+
+        The kernel's answer is checked: an inode's type never changes, but a broken file system must not hand us a device.
+        """
+        if not inode.may_be_opened:
+            raise ReplyErrno(errno.EBADF)
+        flags |= os.O_CLOEXEC | os.O_NOCTTY
+        if inode.is_directory:
+            flags |= os.O_DIRECTORY
+        if inode.handle_key is not None and inode.fd == _NO_FD:
+            fd = OwnedFd(self.handles.open(inode.handle_key, flags))
+        else:
+            fd = OwnedFd(os.open(b"%d" % inode.fd, flags & ~os.O_NOFOLLOW, dir_fd=self.proc_self_fd))
+        if os.fstat(fd.fileno()).st_mode & 0o170000 != inode.file_type:
+            fd.close()
+            raise ReplyErrno(errno.EBADF)
+        return fd
+
+    def path_again(self, fd: int) -> OwnedFd:
+        """An O_PATH descriptor of the inode behind an open one."""
+        return OwnedFd(os.open(b"%d" % fd, _REOPEN_AS_PATH, dir_fd=self.proc_self_fd))
+
+    def release_file(self, nodeid: int, fh: int, session: int, worker: int) -> None:
+        """RELEASE from one worker; the others are told to drop their copies."""
+        others = self.files.release(nodeid, fh, session) & ~(1 << worker)
+        if others:
+            self._notify(others, DropFile(fh))
+
+    def _release_inodes(self, released: list[Released]) -> None:
+        for inode in released:
+            self.paths.drop(inode.nodeid)
+            self._give_back(inode.mount_id, inode.fd, held=inode.held_mount)
+            holders = self.donations.forget(inode.nodeid)
+            if holders:
+                self._notify(holders, DropNode(inode.nodeid))
+
+    def begin_session(self, flags: int) -> int:
+        """Wipe everything the last session left; returns the new session's number."""
+        with self.lock:
+            self.session += 1
+            self.session_flags = flags
+            session = self.session
+        self.files.begin_session(session)
+        self.store.begin_session(session)
+        return session

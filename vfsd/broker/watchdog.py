@@ -1,0 +1,70 @@
+"""The broker's main thread: hears the supervisor, sees a leader that is stuck, and does what comes once a second.
+
+It sleeps while nothing happens: after a while without a running request it stops ticking, and the next task wakes it.
+It never changes its credentials and never serves a request, so that nothing a guest asks for can hold it up.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+from vfsd.broker.pool import STUCK_SECONDS, Pool
+from vfsd.broker.server import Server, Task
+from vfsd.channel import Channel
+from vfsd.wire.channel import AddWorker, Stop
+
+_IDLE_TICKS = 40  # ticks without a running request before it sleeps
+_DUTIES_SECONDS = 0.5
+
+
+class Watchdog:
+    def __init__(self, channel: Channel, server: Server) -> None:
+        self._channel = channel
+        self._server = server
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll = select.poll()
+        self._poll.register(channel.fileno(), select.POLLIN)
+        self._poll.register(self._wake_fd, select.POLLIN)
+        self._idle_ticks = 0
+        self._awake = True
+
+    def wake(self) -> None:
+        """From any thread."""
+        os.eventfd_write(self._wake_fd, 1)
+
+    def watch(self, pool: Pool[Task]) -> None:
+        """Returns when the supervisor says Stop; ChannelClosed when it is gone."""
+        duties_at = time.monotonic() + _DUTIES_SECONDS
+        while True:
+            timeout = STUCK_SECONDS if self._awake else _DUTIES_SECONDS
+            for fd, _events in self._poll.poll(timeout * 1000):
+                if fd == self._wake_fd:
+                    os.eventfd_read(self._wake_fd)
+                    self._awake, self._idle_ticks = True, 0
+                elif not self._hear():
+                    return
+            now = time.monotonic()
+            self._tick(pool, now)
+            if now >= duties_at:
+                self._server.tick(now)
+                duties_at = now + _DUTIES_SECONDS
+
+    def _tick(self, pool: Pool[Task], now: float) -> None:
+        if not self._awake:
+            return
+        if pool.promote_if_stuck(now):
+            self._idle_ticks = 0
+            return
+        self._idle_ticks += 1
+        if self._idle_ticks >= _IDLE_TICKS:
+            self._awake = not pool.let_watchdog_sleep()
+
+    def _hear(self) -> bool:
+        received = self._channel.receive()
+        if received is None:
+            return True
+        if isinstance(received.message, AddWorker):
+            self._server.add_worker(received.message.index, received.fds[0])
+        return not isinstance(received.message, Stop)

@@ -1,0 +1,119 @@
+"""One child of the supervisor: started by fork and exec, watched by pidfd, heard over its channel.
+
+Who controls the bytes: once it serves, a child may be taken over: what it says comes through the channel's codec and the
+bounded, escaping log; how it died comes from the kernel. A child gets an empty environment, its own session (no terminal,
+no Ctrl-C of ours), /dev/null as stdin and stdout, and as stderr a small sealed memfd that is read only when it died.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from vfsd.channel import Channel, ChannelClosed
+from vfsd.config import RoleConfig, config_memfd
+from vfsd.fds import OwnedFd
+from vfsd.log import ChildLines, StderrLog
+from vfsd.wire.channel import ChannelMessage, Table
+
+LAST_WORDS_BYTES = 8192  # room for the traceback of a child that cannot even import its modules
+
+
+class Child:
+    """A started child. `make_config` is given the number of the child's channel descriptor."""
+
+    def __init__(
+        self,
+        role: str,
+        module: str,
+        accepts: Table,
+        make_config: Callable[[int], RoleConfig],
+        *,
+        pass_fds: Sequence[int],
+        namespace: AbstractContextManager[None],
+        log: StderrLog,
+    ) -> None:
+        self.role = role
+        self.ready = False
+        self.lines = ChildLines(log, role.replace(" ", ""))
+        self._last_words = _sealed_memfd(LAST_WORDS_BYTES)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel = Channel(ours, accepts)
+        try:
+            with theirs, config_memfd(make_config(theirs.fileno())) as config_fd, namespace:
+                self._process = self._start(module, config_fd, (theirs.fileno(), config_fd, *pass_fds))
+            self.pidfd = OwnedFd(os.pidfd_open(self._process.pid))
+        except BaseException:
+            self.channel.close()
+            self._last_words.close()
+            raise
+
+    def _start(self, module: str, config_fd: int, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-m", module, str(config_fd)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._last_words.fileno(),
+            pass_fds=pass_fds,
+            cwd="/",
+            env={},
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: ChannelMessage, fds: Sequence[OwnedFd] = ()) -> bool:
+        """Whether it went out: a child that died or does not read is dealt with by its pidfd."""
+        try:
+            return self.channel.send(message, fds)
+        except ChannelClosed:
+            return False
+
+    def kill(self) -> None:
+        try:
+            signal.pidfd_send_signal(self.pidfd.fileno(), signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+    def reap(self) -> str:
+        """How it died, in words. Call it only when the pidfd is readable, or it waits."""
+        return death(self._process.wait())
+
+    def last_words(self) -> list[str]:
+        """What it wrote to stderr: the end of a traceback, or nothing."""
+        text = os.pread(self._last_words.fileno(), LAST_WORDS_BYTES, 0).rstrip(b"\0")
+        return [line for line in text.decode(errors="backslashreplace").splitlines() if line.strip()]
+
+    def close(self) -> None:
+        self.channel.close()
+        self.pidfd.close()
+        self._last_words.close()
+
+
+def death(returncode: int) -> str:
+    """A subprocess return code in words."""
+    if returncode >= 0:
+        return f"ended with exit status {returncode}"
+    try:
+        name = signal.Signals(-returncode).name
+    except ValueError:
+        name = f"signal {-returncode}"
+    if -returncode == signal.SIGSYS:
+        return f"was killed by {name}: it made a system call that its seccomp filter does not allow"
+    return f"was killed by {name}"
+
+
+def _sealed_memfd(size: int) -> OwnedFd:
+    """A memfd that can neither grow nor shrink: a hostile child cannot fill memory through it."""
+    memfd = OwnedFd(os.memfd_create("vfsd-last-words", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    os.ftruncate(memfd.fileno(), size)
+    fcntl.fcntl(memfd.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    return memfd

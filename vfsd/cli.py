@@ -1,0 +1,194 @@
+"""The command line: options named and behaving as the Rust virtiofsd's, because libvirt, Kata, virtme-ng and others write them.
+
+Exit status: 0 when all went well, 2 for a command line that cannot be, 1 for everything else that fails; the last line on
+stderr names the option, the reason and what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import vfsd
+from vfsd.config import MAX_REQUEST_QUEUES, MAX_TAG_BYTES, HandleMode, Options
+from vfsd.errors import ConfigError
+from vfsd.log import ERROR, LEVELS, StderrLog
+
+# What libvirt reads to learn how to write our command line; `migrate-precopy` is not there until migration is.
+CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
+
+_LARGEST_FD = 2**31 - 1
+_DESCRIPTION = "Serve a directory to a virtual machine over vhost-user-fs. The guest mounts it with: mount -t virtiofs TAG DIR"
+_EPILOG = "SIGTERM and SIGINT end vfsd with exit status 0; so does the frontend when it closes the connection."
+
+
+def _bounded_int(smallest: int, largest: int) -> type[int]:
+    """An argparse type; argparse shows the error's text behind the option's name."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number; give one from {smallest} to {largest}") from None
+        if not smallest <= value <= largest:
+            raise argparse.ArgumentTypeError(f"{value} is out of range; give a number from {smallest} to {largest}")
+        return value
+
+    return convert  # type: ignore[return-value]  # argparse wants a callable, typeshed's alias calls it a type
+
+
+def _tag(text: str) -> bytes:
+    tag = os.fsencode(text)
+    if not tag or len(tag) > MAX_TAG_BYTES:
+        raise argparse.ArgumentTypeError(f"{len(tag)} bytes; a tag has 1 to {MAX_TAG_BYTES} bytes, choose another one")
+    return tag
+
+
+def _path(text: str) -> bytes:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; give the path of a directory or socket")
+    return os.fsencode(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vfsd", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
+    _add_endpoint_options(parser)
+    _add_share_options(parser)
+    _add_process_options(parser)
+    return parser
+
+
+def _add_endpoint_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where the frontend (QEMU, cloud-hypervisor, User-Mode Linux ...) connects")
+    endpoint = group.add_mutually_exclusive_group(required=True)
+    endpoint.add_argument(
+        "--socket-path", type=_path, metavar="PATH", help="make and listen on this vhost-user socket; writes PATH.pid too"
+    )
+    endpoint.add_argument("--socket", dest="socket_path", type=_path, metavar="PATH", help="the same (deprecated)")
+    endpoint.add_argument(
+        "--fd", type=_bounded_int(0, _LARGEST_FD), metavar="N", help="use this inherited socket, listening or connected already"
+    )
+    group.add_argument("--socket-group", metavar="GROUP", help="let this group, and not only the user, connect to the socket")
+    group.add_argument(
+        "--tag",
+        type=_tag,
+        metavar="TAG",
+        help="offer this tag in the configuration space, for frontends that have no option for it (UML, crosvm)",
+    )
+    group.add_argument(
+        "--num-request-queues",
+        type=_bounded_int(1, MAX_REQUEST_QUEUES),
+        default=default_request_queues(),
+        metavar="N",
+        help="request queues to offer; each one that the frontend uses gets its own worker process (default: CPUs, at most 4: here %(default)s)",
+    )
+
+
+def _add_share_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is shared, and how")
+    group.add_argument("--shared-dir", type=_path, required=True, metavar="DIR", help="the directory to serve")
+    group.add_argument("--readonly", action="store_true", help="refuse everything that would change the share")
+    group.add_argument(
+        "--cache",
+        choices=("auto", "always", "metadata", "never"),
+        default="auto",
+        help="how long the guest may keep what it learned: auto 1 s; always and metadata a day; never not at all (default: auto)",
+    )
+    group.add_argument(
+        "--inode-file-handles",
+        choices=("never", "prefer", "mandatory", "fallback"),
+        default="prefer",
+        help="keep inodes as kernel file handles instead of open descriptors; fallback means prefer (default: prefer)",
+    )
+    group.add_argument(
+        "--announce-submounts",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="show the guest where other file systems are mounted in the share (default: on)",
+    )
+
+
+def _add_process_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the daemon itself")
+    group.add_argument(
+        "--sandbox",
+        choices=("namespace", "chroot", "none"),
+        default="namespace",
+        help="how processes are kept from the rest of the host's files (default: namespace; chroot and namespace need root)",
+    )
+    group.add_argument(
+        "--seccomp",
+        choices=("kill", "log", "trap", "none"),
+        default="kill",
+        help="what happens at a system call that the role's filter does not list (default: kill)",
+    )
+    group.add_argument(
+        "--rlimit-nofile",
+        type=_bounded_int(0, 2**63 - 1),
+        metavar="N",
+        help="limit of open files; 0 leaves it alone (default: 1000000, or what the system allows)",
+    )
+    group.add_argument("--log-level", choices=tuple(LEVELS), default="info", help="what is logged to stderr (default: info)")
+    group.add_argument("--print-capabilities", action="store_true", help="print what this program can do as JSON, and exit")
+    group.add_argument("-V", "--version", action="version", version=f"vfsd {vfsd.__version__}")
+
+
+def default_request_queues() -> int:
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+def parse_options(argv: Sequence[str]) -> Options:
+    """Exits with 2 and a usage line for a command line that cannot be, as argparse does."""
+    parser = build_parser()
+    found = parser.parse_args(argv)
+    if found.socket_group is not None and found.fd is not None:
+        parser.error("argument --socket-group: not allowed with argument --fd; set the group where the socket is made")
+    handles: HandleMode = "prefer" if found.inode_file_handles == "fallback" else found.inode_file_handles
+    return Options(
+        shared_dir=found.shared_dir,
+        socket_path=found.socket_path,
+        socket_group=found.socket_group,
+        fd=found.fd,
+        tag=found.tag,
+        cache=found.cache,
+        sandbox=found.sandbox,
+        seccomp=found.seccomp,
+        inode_file_handles=handles,
+        request_queues=found.num_request_queues,
+        readonly=found.readonly,
+        announce_submounts=found.announce_submounts,
+        rlimit_nofile=found.rlimit_nofile,
+        log_level=LEVELS[found.log_level],
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    # The convention for vhost-user backend programs: this option ignores all others, so it is looked for before parsing.
+    if "--print-capabilities" in argv:
+        print(json.dumps(CAPABILITIES))  # noqa: T201  # this is the program's output
+        return 0
+    options = parse_options(argv)
+    log = StderrLog(options.log_level)
+    try:
+        from vfsd.supervisor import serve  # noqa: PLC0415  # --help and --version need neither libseccomp nor python-prctl
+
+        return serve(options, log)
+    except ConfigError as error:
+        log.log(ERROR, str(error))
+        return 1
+
+
+def main() -> NoReturn:
+    _occupy_standard_fds()
+    sys.exit(run(sys.argv[1:]))
+
+
+def _occupy_standard_fds() -> None:
+    """Whoever starts us without fds 0 to 2 must not get log lines written into a socket that took one of the numbers."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)

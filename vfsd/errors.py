@@ -1,0 +1,43 @@
+"""The kinds of failure vfsd tells apart. Everything else that is raised is a bug in vfsd.
+
+Imports nothing of vfsd, so that every layer may import it.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class ReplyErrno(Exception):
+    """One request fails with an errno that goes to the guest; the connection lives on."""
+
+    def __init__(self, errno_value: int) -> None:
+        super().__init__(errno_value)
+        self.errno = errno_value
+
+    def __str__(self) -> str:
+        return os.strerror(self.errno)
+
+
+class Breach(Exception):
+    """A peer broke its protocol. Never shown to that peer: it loses the thing it broke."""
+
+
+class GuestBreach(Breach):
+    """The guest's driver laid out a ring or descriptor that no correct driver makes: the ring is stopped."""
+
+
+class FrontendBreach(Breach):
+    """The vhost-user frontend sent what no correct frontend sends: the connection is closed."""
+
+
+class WorkerBreach(Breach):
+    """A worker sent the broker what no intact worker sends: that worker is killed."""
+
+
+class ChildBreach(Breach):
+    """A child sent its supervisor, or a worker its control process, what no intact one sends: it is killed."""
+
+
+class ConfigError(Exception):
+    """The user asked for something vfsd cannot do; the text names the option or step, the reason, and what to do."""

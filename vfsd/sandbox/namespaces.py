@@ -1,0 +1,147 @@
+"""Namespaces and roots: a broker sees nothing but the share, control and workers see nothing at all.
+
+The new root is made as a mount that is attached nowhere, put over `/` of an own mount namespace, and pivoted to; no
+directory of the host is needed for it. Descriptors made here are the only way left to what lies outside. Who controls the
+bytes: the administrator (the share's path); what is *in* the share belongs to the guest, so it is mounted without device
+nodes, set-id bits and symlinks that the kernel would follow. For entry points only; runs while there is one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from vfsd.fds import OwnedFd
+from vfsd.sandbox import syscalls
+from vfsd.sandbox.steps import step
+
+Sandbox = Literal["namespace", "chroot", "none"]
+
+_OWN_NAMESPACES = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWNET | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS
+_USE_CHROOT = "start vfsd as root with CAP_SYS_ADMIN, or use --sandbox=chroot or --sandbox=none"
+_USE_NONE = "start vfsd as root with CAP_SYS_CHROOT, or use --sandbox=none"
+_NEEDS_5_14 = f"it needs Linux 5.14; {_USE_CHROOT}"
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_OPEN_PATH = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+_EMPTY_ATTRIBUTES = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
+_PROC_ATTRIBUTES = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
+# Not NOEXEC: access(2) would then deny X_OK for files that the guest may well execute.
+_SHARE_ATTRIBUTES = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOSYMFOLLOW
+
+
+@dataclass(frozen=True, slots=True)
+class ShareRoot:
+    """What the broker reaches files by. `root` can be used as a mount fd; `mountinfo` is read by seeking to its start."""
+
+    root: OwnedFd
+    proc_self_fd: OwnedFd
+    mountinfo: OwnedFd
+
+    def close(self) -> None:
+        for fd in (self.root, self.proc_self_fd, self.mountinfo):
+            fd.close()
+
+
+@contextmanager
+def spawn_pid_namespace() -> Iterator[None]:
+    """Processes that this thread starts inside the block are each the first of one new pid namespace (start only one)."""
+    with OwnedFd(os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)) as own:
+        with step("make a pid namespace", _USE_CHROOT):
+            syscalls.unshare(syscalls.CLONE_NEWPID)
+        try:
+            yield
+        finally:
+            with step("return from the pid namespace", _USE_CHROOT):
+                syscalls.setns(own.fileno(), syscalls.CLONE_NEWPID)
+
+
+def enter_empty_root(sandbox: Sandbox) -> None:
+    """Leave the host's files, network, IPC and host name behind: control and workers."""
+    if sandbox == "namespace":
+        _unshare()
+        with step("make an empty root file system", _USE_CHROOT):
+            # Mode 500: only uid 0 may so much as list it, and control and workers are not uid 0 for long.
+            empty = OwnedFd(syscalls.new_mount(b"tmpfs", {b"mode": b"500", b"nr_inodes": b"1"}, _EMPTY_ATTRIBUTES))
+        with empty:
+            _pivot_into(empty.fileno())
+    elif sandbox == "chroot":
+        _chroot_into_nothing()
+
+
+def enter_share(sandbox: Sandbox, shared_dir: bytes, readonly: bool) -> ShareRoot:
+    """Make the share the root of this process: the broker.
+
+    Mounts that the host makes later inside the share appear here too, and are *not* covered by `readonly`; what this
+    process mounts or unmounts stays here. Without namespaces `readonly` has no effect at all: the broker refuses by itself.
+    """
+    if sandbox == "namespace":
+        return _enter_share_namespace(shared_dir, readonly)
+    with step("open the shared directory", "name a directory in --shared-dir that vfsd may read"):
+        root = OwnedFd(os.open(shared_dir, _OPEN_DIRECTORY))
+    with step("open /proc/self", "mount procfs on /proc"):
+        share = ShareRoot(root, OwnedFd(os.open("/proc/self/fd", _OPEN_PATH)), OwnedFd(os.open("/proc/self/mountinfo", _READ)))
+    if sandbox == "chroot":
+        with step("change the root directory", _USE_NONE):
+            os.fchdir(root.fileno())
+            os.chroot(".")
+    return share
+
+
+_READ = os.O_RDONLY | os.O_CLOEXEC
+
+
+def _enter_share_namespace(shared_dir: bytes, readonly: bool) -> ShareRoot:
+    _unshare()
+    attributes = _SHARE_ATTRIBUTES | (syscalls.MOUNT_ATTR_RDONLY if readonly else 0)
+    with step("open the shared directory", "name a directory in --shared-dir that vfsd may read"):
+        path = OwnedFd(os.open(shared_dir, _OPEN_PATH))
+    with path, step("copy the mounts of the shared directory", _NEEDS_5_14):
+        flags = syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC | syscalls.AT_EMPTY_PATH | syscalls.AT_RECURSIVE
+        tree = OwnedFd(syscalls.open_tree(path.fileno(), b"", flags))
+    with tree:
+        with step("protect the mounts of the shared directory", _NEEDS_5_14):
+            # Before they are attached: nobody ever sees them with fewer attributes.
+            syscalls.mount_setattr(tree.fileno(), b"", syscalls.AT_EMPTY_PATH | syscalls.AT_RECURSIVE, attributes)
+        with step("mount a procfs of the pid namespace", _USE_CHROOT):
+            proc = OwnedFd(syscalls.new_mount(b"proc", {b"subset": b"pid"}, _PROC_ATTRIBUTES))
+        with proc:
+            _pivot_into(tree.fileno())
+            with step("open /proc/self", _USE_CHROOT):
+                return ShareRoot(
+                    OwnedFd(os.open("/", _OPEN_DIRECTORY)),
+                    OwnedFd(os.open("self/fd", _OPEN_PATH, dir_fd=proc.fileno())),
+                    OwnedFd(os.open("self/mountinfo", _READ, dir_fd=proc.fileno())),  # after the pivot: it shows our root's mounts
+                )
+
+
+def _unshare() -> None:
+    with step("make namespaces (mount, network, IPC, UTS)", _USE_CHROOT):
+        syscalls.unshare(_OWN_NAMESPACES)
+    with step("keep own mounts from reaching the host", _USE_CHROOT):
+        syscalls.mount(b"none", b"/", None, syscalls.MS_SLAVE | syscalls.MS_REC)
+
+
+def _pivot_into(tree: int) -> None:
+    """Make a mount that is attached nowhere the root, and detach all that was there."""
+    with step("attach the new root", _USE_CHROOT):
+        syscalls.move_mount(tree, b"", syscalls.AT_FDCWD, b"/", syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+    with step("change the root", f"pivot_root(2) is not possible where / is an initramfs; {_USE_CHROOT}"):
+        os.fchdir(tree)
+        syscalls.pivot_root(b".", b".")  # the old root now lies over the new one, at the same place (pivot_root(2), NOTES)
+        syscalls.umount2(b".", syscalls.MNT_DETACH)
+        os.chdir("/")
+
+
+def _chroot_into_nothing() -> None:
+    with step("make an empty directory", "let vfsd write to /tmp, or use --sandbox=none"):
+        directory = tempfile.mkdtemp(prefix="vfsd-empty-")
+        empty = OwnedFd(os.open(directory, _OPEN_DIRECTORY))
+        os.rmdir(directory)  # deleted: nothing can be made in it
+    with empty, step("change the root directory", _USE_NONE):
+        os.fchdir(empty.fileno())
+        os.chroot(".")

@@ -1,0 +1,74 @@
+"""The names that seccomp_policy.toml may use for numbers, and which system call arguments are 64 bits wide.
+
+Kernel names and values, verbatim; those that differ between machines come from Python's own modules.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import socket
+
+_FROM_OS = (
+    "O_RDONLY", "O_WRONLY", "O_RDWR", "O_CREAT", "O_EXCL", "O_NOCTTY", "O_TRUNC", "O_APPEND", "O_NONBLOCK", "O_DSYNC",
+    "O_SYNC", "O_DIRECT", "O_DIRECTORY", "O_NOFOLLOW", "O_NOATIME", "O_CLOEXEC", "O_PATH", "O_TMPFILE",
+    "RWF_HIPRI", "RWF_DSYNC", "RWF_SYNC", "RWF_NOWAIT", "RWF_APPEND",
+)  # fmt: skip
+
+CONSTANTS: dict[str, int] = {
+    **{name: getattr(os, name) for name in _FROM_OS},
+    **{name: getattr(fcntl, name) for name in ("F_GETFL", "F_SETFL", "F_DUPFD_CLOEXEC")},
+    **{name: getattr(mmap, name) for name in ("PROT_READ", "PROT_WRITE", "PROT_EXEC", "MAP_SHARED", "MAP_PRIVATE", "MAP_ANONYMOUS")},
+    **{name: getattr(mmap, name) for name in ("MADV_DONTNEED", "MADV_FREE")},
+    **{name: getattr(socket, name) for name in ("SOL_SOCKET", "SO_TYPE", "SO_PROTOCOL", "SO_DOMAIN")},
+    "F_OFD_GETLK": 36,
+    "F_OFD_SETLK": 37,
+    "PROT_NONE": 0,
+    "MAP_NORESERVE": 0x4000,
+    "MREMAP_MAYMOVE": 1,
+    "AT_SYMLINK_NOFOLLOW": 0x100,
+    "AT_REMOVEDIR": 0x200,
+    "AT_SYMLINK_FOLLOW": 0x400,
+    "AT_NO_AUTOMOUNT": 0x800,
+    "AT_EMPTY_PATH": 0x1000,
+    "AT_STATX_FORCE_SYNC": 0x2000,
+    "AT_STATX_DONT_SYNC": 0x4000,
+    "RENAME_NOREPLACE": 1,
+    "RENAME_EXCHANGE": 2,
+    "RENAME_WHITEOUT": 4,
+    "FALLOC_FL_KEEP_SIZE": 0x01,
+    "FALLOC_FL_PUNCH_HOLE": 0x02,
+    "FALLOC_FL_COLLAPSE_RANGE": 0x08,
+    "FALLOC_FL_ZERO_RANGE": 0x10,
+    "FALLOC_FL_INSERT_RANGE": 0x20,
+    "FALLOC_FL_UNSHARE_RANGE": 0x40,
+    "UNCHANGED_ID": 0xFFFFFFFF,  # (uid_t) -1: leave this id as it is
+    "NULL": 0,
+}
+
+# Arguments that the kernel takes as 64 bits: addresses, lengths, offsets, `unsigned long`. Of any other argument it looks at
+# the low 32 bits only, while a filter compares all 64; an argument that is missing here is treated as the narrow kind.
+WIDE_ARGUMENTS: dict[str, frozenset[int]] = {
+    "mmap": frozenset({0, 1, 2, 3, 4, 5}),  # prot, flags and fd are unsigned long in the system call
+    "munmap": frozenset({0, 1}),
+    "mprotect": frozenset({0, 1, 2}),
+    "mremap": frozenset({0, 1, 2, 3, 4}),
+    "madvise": frozenset({0, 1}),
+    "brk": frozenset({0}),
+    "read": frozenset({1, 2}),
+    "write": frozenset({1, 2}),
+    "sendto": frozenset({1, 2, 4}),
+    "recvfrom": frozenset({1, 2, 4, 5}),
+    "sendmsg": frozenset({1}),
+    "recvmsg": frozenset({1}),
+    "lseek": frozenset({1}),
+    "ftruncate": frozenset({1}),
+    "fallocate": frozenset({2, 3}),
+    "fcntl": frozenset({2}),
+    "preadv": frozenset({1, 2, 3, 4}),
+    "pwritev": frozenset({1, 2, 3, 4}),
+    "preadv2": frozenset({1, 2, 3, 4}),
+    "pwritev2": frozenset({1, 2, 3, 4}),
+    "copy_file_range": frozenset({1, 3, 4}),
+}

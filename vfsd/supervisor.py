@@ -1,0 +1,326 @@
+"""The supervisor: starts broker, control and workers, watches them, hands the frontend's connection over, ends everything.
+
+Who controls the bytes: children may be hostile; what they say comes bounded and typed from the channel codec and can only
+make the supervisor log, start one of the bounded number of workers, or end. One thread, no blocking call while serving:
+one selector over pidfds, channels, the listening socket and the signal wake-up. It must stay the thread that spawns,
+because children die with the thread that started them (PR_SET_PDEATHSIG).
+
+Exit status: 0 when the frontend closed the connection or a signal (SIGTERM, SIGINT, SIGHUP) asked for the end, else 1.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
+from functools import partial
+
+from vfsd.channel import ChannelClosed
+from vfsd.children import Child
+from vfsd.config import Options, RoleConfig
+from vfsd.errors import ChildBreach
+from vfsd.fds import OwnedFd
+from vfsd.limits import set_nofile
+from vfsd.log import ERROR, WARNING, StderrLog, decode_text
+from vfsd.roles import Roles, make_roles, resolve_share
+from vfsd.sandbox.lockdown import lock_down
+from vfsd.sandbox.namespaces import spawn_pid_namespace
+from vfsd.sockets import VhostSocket, adopt_socket, make_listener
+from vfsd.wire.channel import (
+    BROKER_TO_SUPERVISOR,
+    CONTROL_TO_SUPERVISOR,
+    WORKER_TO_SUPERVISOR,
+    AddWorker,
+    Breach,
+    ChannelMessage,
+    Connection,
+    Failed,
+    FrontendGone,
+    Log,
+    NeedWorker,
+    Ready,
+    Stop,
+    Table,
+)
+
+START_SECONDS = 30.0  # generous: a busy machine; a child that hangs must still end in a message
+STOP_SECONDS = 0.3  # from Stop to SIGKILL; libvirt and systemd kill us some seconds after their SIGTERM
+KILL_SECONDS = 0.5  # then whatever is still there sits in an uninterruptible call of the host's kernel
+CULPRIT_SECONDS = 0.1  # peers of a child that crashed see their socket close before the kernel reports the crash
+MESSAGES_PER_TURN = 64  # of one child, before the others get their turn
+DRAIN_TURNS = 100  # more than a socket's buffer holds
+BROKER_SOCKET_BYTES = 1 << 20  # several packets of 128 KiB; the kernel caps it at net.core.wmem_max
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def serve(options: Options, log: StderrLog) -> int:
+    """Everything from the parsed options to the exit status. Raises ConfigError for what the user can mend."""
+    options = replace(options, shared_dir=resolve_share(options))
+    nofile = set_nofile(options.rlimit_nofile)
+    if nofile.warning:
+        log.log(WARNING, nofile.warning)
+    with OwnedFd(os.pidfd_open(os.getpid())) as pidfd, closing(_make_endpoint(options)) as endpoint:
+        roles = make_roles(options, pidfd.fileno(), nofile.limit)
+        return Supervisor(roles, endpoint, log).run()
+
+
+def _make_endpoint(options: Options) -> VhostSocket:
+    if options.fd is not None:
+        return adopt_socket(options.fd)
+    return make_listener(options.socket_path or b"", options.socket_group)
+
+
+class Supervisor:
+    """`run` once; `status` becomes the exit status as soon as something decides that it is over."""
+
+    def __init__(self, roles: Roles, endpoint: VhostSocket, log: StderrLog) -> None:
+        self._roles = roles
+        self._endpoint = endpoint
+        self._log = log
+        self._selector = selectors.DefaultSelector()
+        self._children: list[Child] = []
+        self._workers: dict[int, Child] = {}
+        self._status: int | None = None
+        self._accepting = False
+
+    def run(self) -> int:
+        wake_read, wake_write = socket.socketpair()
+        with wake_read, wake_write, self._selector:
+            restore = _catch_signals(wake_write)
+            try:
+                self._watch(wake_read.fileno(), partial(self._on_signal, wake_read))
+                self._start_children()
+                return self._loop()
+            finally:
+                self._stop_children()
+                restore()
+
+    # --- starting ------------------------------------------------------------------------------------------------------
+
+    def _start_children(self) -> None:
+        self._broker = self._spawn("broker", "vfsd.broker", BROKER_TO_SUPERVISOR, self._roles.broker)
+        # From here on only what it takes to start workers; they inherit the smaller bounding set and this filter.
+        lock_down(self._roles.supervisor())
+        self._control = self._spawn("control", "vfsd.worker.control", CONTROL_TO_SUPERVISOR, self._roles.control)
+        self._start_worker(0)
+
+    def _start_worker(self, index: int) -> None:
+        broker_ours, broker_theirs = _packet_pair(BROKER_SOCKET_BYTES)
+        control_ours, control_theirs = _packet_pair()
+        with broker_ours, broker_theirs, control_ours, control_theirs:
+            give = (control_theirs.fileno(), broker_theirs.fileno())
+
+            def make_config(channel_fd: int) -> RoleConfig:
+                return self._roles.worker(index, channel_fd, *give)
+
+            self._workers[index] = self._spawn(f"worker {index}", "vfsd.worker", WORKER_TO_SUPERVISOR, make_config, give)
+            told = self._broker.send(AddWorker(index), [broker_ours]) and self._control.send(AddWorker(index), [control_ours])
+        if not told:
+            self._end(1, f"worker {index} could not be introduced: broker or control do not read their channel")
+
+    def _spawn(self, role: str, module: str, accepts: Table, make_config: Callable[[int], RoleConfig], give: tuple[int, ...] = ()) -> Child:
+        child = Child(
+            role,
+            module,
+            accepts,
+            make_config,
+            pass_fds=(self._roles.supervisor_pidfd, *give),
+            namespace=self._namespace(),
+            log=self._log,
+        )
+        self._children.append(child)
+        self._watch(child.pidfd.fileno(), partial(self._on_death, child))
+        self._watch(child.channel.fileno(), partial(self._on_channel, child))
+        self._log.debug(f"{role} started: pid {child.pid}")
+        return child
+
+    def _namespace(self) -> AbstractContextManager[None]:
+        return spawn_pid_namespace() if self._roles.options.sandbox == "namespace" else nullcontext()
+
+    def _watch(self, fd: int, callback: Callable[[], None]) -> None:
+        self._selector.register(fd, selectors.EVENT_READ, callback)
+
+    # --- serving -------------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> int:
+        start_deadline = time.monotonic() + START_SECONDS
+        while self._status is None:
+            starting = [child.role for child in self._children if not child.ready]
+            if starting and not self._accepting and time.monotonic() > start_deadline:
+                self._end(1, f"not ready after {START_SECONDS:.0f} s: {', '.join(starting)}")
+                break
+            for key, _ in self._selector.select(timeout=1.0 if starting else None):
+                key.data()
+                if self._status is not None:
+                    break
+        return self._status or 0
+
+    def _on_signal(self, wake_read: socket.socket) -> None:
+        number = wake_read.recv(1)[0]
+        self._log.info(f"{signal.Signals(number).name} received, shutting down")
+        self._end(0)
+
+    def _on_ready(self, child: Child) -> None:
+        child.ready = True
+        if not self._accepting and all(each.ready for each in self._children):
+            self._accepting = True
+            self._open_for_business()
+
+    def _open_for_business(self) -> None:
+        if self._endpoint.listening:
+            # Kata's runtime-rs reads our stderr until this very text appears.
+            self._log.info("Waiting for vhost-user socket connection...")
+            self._watch(self._endpoint.socket.fileno(), self._on_connect)
+        else:
+            self._hand_over(OwnedFd(os.dup(self._endpoint.socket.fileno())))
+
+    def _on_connect(self) -> None:
+        connection, _ = self._endpoint.socket.accept()
+        # One frontend per vfsd: a second one is refused by the kernel, not left waiting.
+        self._selector.unregister(self._endpoint.socket)
+        self._endpoint.socket.close()
+        self._hand_over(OwnedFd(connection.detach()))
+
+    def _hand_over(self, connection: OwnedFd) -> None:
+        with connection:
+            if self._control.send(Connection(), [connection]):
+                self._log.info("Client connected, servicing requests")
+            else:
+                self._end(1, "the connection could not be handed to control: it does not read its channel")
+
+    # --- what children say ---------------------------------------------------------------------------------------------
+
+    def _on_channel(self, child: Child) -> None:
+        """Hear one child; at the end of its channel only stop listening, how it died is told by its pidfd."""
+        try:
+            for _ in range(MESSAGES_PER_TURN):
+                received = child.channel.receive()
+                if received is None:
+                    return
+                self._on_message(child, received.message)
+        except ChannelClosed:
+            self._selector.unregister(child.channel.fileno())
+        except ChildBreach as error:
+            self._end(1, f"{child.role} broke the protocol of its supervisor channel: {error}")
+
+    def _on_message(self, child: Child, message: ChannelMessage) -> None:
+        match message:
+            case Log(level, text):
+                child.lines.write(level, text)
+            case Ready():
+                self._on_ready(child)
+            case Failed(text):
+                self._end(1, f"{child.role} could not start: {decode_text(text)}")
+            case NeedWorker(index):
+                self._on_need_worker(index)
+            case FrontendGone(text, clean):
+                self._on_frontend_gone(decode_text(text), clean)
+            case Breach(index, text):
+                self._end(1, f"worker {index} broke the broker's protocol: {decode_text(text)}")
+
+    def _on_need_worker(self, index: int) -> None:
+        if index in self._workers or not 0 < index < self._roles.options.request_queues:
+            self._end(1, f"control asked for worker {index}, which exists or must not exist")
+        else:
+            self._start_worker(index)
+
+    def _on_frontend_gone(self, text: str, clean: bool) -> None:
+        if clean:
+            self._log.info("Client disconnected, shutting down" + (f" ({text})" if text else ""))
+            self._end(0)
+        else:
+            self._end(1, f"the frontend's connection was closed: {text}")
+
+    # --- ending --------------------------------------------------------------------------------------------------------
+
+    def _end(self, status: int, last_line: str = "") -> None:
+        """The first one decides; what follows from it (children losing their peers) is not the reason."""
+        if self._status is None:
+            self._status = status
+            if last_line:
+                self._log.log(ERROR, last_line)
+
+    def _on_death(self, child: Child) -> None:
+        culprit, how = child, child.reap()
+        if not how.startswith("was killed"):
+            culprit, how = self._find_killed(child, how)
+        self._drain(culprit)
+        for line in culprit.last_words()[:-1]:
+            culprit.lines.write(ERROR, line.encode())
+        words = f": {culprit.last_words()[-1]}" if culprit.last_words() else ""
+        when = "" if culprit.ready else " before it was ready"
+        self._end(1, f"{culprit.role} (pid {culprit.pid}) {how}{when}{words}")
+
+    def _drain(self, child: Child) -> None:
+        """What it said before it died; that may be the reason (Failed)."""
+        for _ in range(DRAIN_TURNS):
+            if child.channel.fileno() not in self._selector.get_map():
+                return
+            self._on_channel(child)
+
+    def _find_killed(self, child: Child, how: str) -> tuple[Child, str]:
+        """A child that ended by itself has often only lost a peer: prefer to blame one that a signal killed meanwhile."""
+        for other in _wait_for_deaths([each for each in self._children if each is not child], CULPRIT_SECONDS, enough=1):
+            others_end = other.reap()
+            if others_end.startswith("was killed"):
+                return other, others_end
+        return child, how
+
+    def _stop_children(self) -> None:
+        for child in self._children:
+            child.send(Stop())
+        dead = _wait_for_deaths(self._children, STOP_SECONDS)
+        left = [child for child in self._children if child not in dead]
+        for child in left:
+            child.kill()
+        dead += _wait_for_deaths(left, KILL_SECONDS)
+        for child in self._children:
+            if child in dead:
+                child.reap()
+            else:
+                self._log.warning(f"{child.role} (pid {child.pid}) does not die: it waits in a call of the host's kernel")
+            child.close()
+
+
+def _wait_for_deaths(children: list[Child], seconds: float, enough: int | None = None) -> list[Child]:
+    """Those that died within that time; returns as soon as so many (default: all) have."""
+    poller = select.poll()
+    alive = {child.pidfd.fileno(): child for child in children}
+    for fd in alive:
+        poller.register(fd, select.POLLIN)
+    dead: list[Child] = []
+    deadline = time.monotonic() + seconds
+    while alive and (enough is None or len(dead) < enough) and (left := deadline - time.monotonic()) > 0:
+        for fd, _ in poller.poll(left * 1000):
+            poller.unregister(fd)
+            dead.append(alive.pop(fd))
+    return dead
+
+
+def _packet_pair(send_bytes: int | None = None) -> tuple[OwnedFd, OwnedFd]:
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in ends:
+        if send_bytes is not None:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
+    return OwnedFd(ends[0].detach()), OwnedFd(ends[1].detach())
+
+
+def _catch_signals(wake: socket.socket) -> Callable[[], None]:
+    """Turn the signals that end us into bytes on this socket; returns what undoes it."""
+    wake.setblocking(False)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    wakeup_fd = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+
+    def restore() -> None:
+        signal.set_wakeup_fd(wakeup_fd)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    return restore

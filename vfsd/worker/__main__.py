@@ -1,0 +1,63 @@
+"""A worker's start: configuration, empty root, lock-down, then service. `python -I -m vfsd.worker CONFIG_FD`."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+from vfsd.channel import Channel
+from vfsd.config import WorkerConfig, read_config
+from vfsd.fds import OwnedFd
+from vfsd.log import ChildLog
+from vfsd.role import run_role
+from vfsd.sandbox.lockdown import lock_down
+from vfsd.sandbox.memory import settle_allocator
+from vfsd.sandbox.namespaces import enter_empty_root
+from vfsd.wire import broker_messages as wire
+from vfsd.wire.channel import CONTROL_TO_WORKER, Ready
+from vfsd.worker.broker_client import BrokerClient
+from vfsd.worker.cache_policy import CACHE_POLICIES
+from vfsd.worker.event_loop import EventLoop
+from vfsd.worker.file_system import FileSystem
+from vfsd.worker.io_pool import IoPool
+
+_MEMORY_FDS = 512  # each memory region costs one
+_MOST_FILES = 8192
+
+
+class _Greeting:
+    """The answer to Hello: the session that is under way."""
+
+    def __init__(self, fs: FileSystem) -> None:
+        self._fs = fs
+
+    def answered(self, error: int, fields: list[int], _donated: object) -> None:
+        if error:
+            raise RuntimeError(f"the broker refuses this worker: {os.strerror(error)}")
+        self._fs.begin_session(wire.SessionNotice(*fields))
+
+
+def main() -> None:
+    config = read_config(WorkerConfig, int(sys.argv[1]))
+    run_role(config, f"worker{config.index}", lambda channel, log: _serve(config, channel, log))
+
+
+def _serve(config: WorkerConfig, channel: Channel, log: ChildLog) -> None:
+    enter_empty_root(config.sandbox)
+    control = Channel.from_fd(OwnedFd(config.control_fd), CONTROL_TO_WORKER)
+    pool = IoPool()
+    broker = BrokerClient(OwnedFd(config.broker_fd))
+    most_fds = config.confinement.nofile or resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    fs = FileSystem(broker, CACHE_POLICIES[config.cache], log, max(16, min(_MOST_FILES, (most_fds - _MEMORY_FDS) // 2)))
+    loop = EventLoop(channel, control, broker, fs, pool, log)
+    settle_allocator()
+    lock_down(config.confinement, start_threads=pool.start)
+    broker.ask(wire.Hello(wire.PROTOCOL_VERSION), _Greeting(fs))
+    broker.flush()
+    channel.send(Ready())
+    loop.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""From a chain to its reply: decode, hand to the handler, wait where it waits, reply exactly once.
+
+**The boundary.** Whatever a handler raises becomes one request's errno here: ReplyErrno and OSError are the guest's, anything
+else is a bug of ours, logged and answered EIO. A request that is owed a reply gets one.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Generator
+from typing import Any
+
+from vfsd.errors import ReplyErrno
+from vfsd.fds import TempFd
+from vfsd.wire import broker_messages as wire
+from vfsd.wire.fuse_abi import FUSE_INIT
+from vfsd.worker.file_system import FileSystem, Given, NoReply, Outcome, Placed
+from vfsd.worker.io_pool import IoPool, Job
+from vfsd.worker.opcodes import HANDLERS, WITHOUT_REPLY
+from vfsd.worker.request import Request
+from vfsd.worker.ring import Ring
+from vfsd.worker.virtqueue import Chain
+
+
+class Operation:
+    """A request whose handler waits: for the broker (Asker) or for the pool (io_pool.Worker)."""
+
+    __slots__ = ("_dispatcher", "_handler", "on_pool", "replied", "request", "ring")
+
+    def __init__(self, dispatcher: Dispatcher, ring: Ring, request: Request, handler: Generator[wire.Request | Job, Any, Outcome]) -> None:
+        self._dispatcher = dispatcher
+        self._handler = handler
+        self.ring = ring
+        self.request = request
+        self.on_pool = False
+        self.replied = False
+
+    def answered(self, error: int, fields: list[Any], donated: TempFd | None) -> None:
+        if error:
+            self.advance(None, ReplyErrno(error))
+        else:
+            self.advance(Given(fields, donated), None)
+
+    def finished(self, result: Any, error: Exception | None) -> None:
+        self.on_pool = False
+        self.advance(result, error)
+
+    def advance(self, value: Any, error: Exception | None) -> None:
+        """Run the handler until it waits again or is done."""
+        try:
+            wish = self._handler.send(value) if error is None else self._handler.throw(error)
+        except StopIteration as stop:
+            self._dispatcher.complete(self, 0, stop.value)
+        except Exception as raised:  # noqa: BLE001  # sorted out by errno_of
+            self._dispatcher.complete(self, self._dispatcher.errno_of(raised), b"")
+        else:
+            self._dispatcher.wait(self, wish)
+
+
+class Dispatcher:
+    """The ring thread's alone."""
+
+    def __init__(self, fs: FileSystem, pool: IoPool) -> None:
+        self._fs = fs
+        self._pool = pool
+        self._waiting: set[Operation] = set()
+
+    def handle(self, ring: Ring, chain: Chain) -> None:
+        """Serve one request, or begin to."""
+        request = Request(chain)
+        if not request.has_header:
+            ring.queue.push(chain.head, 0)  # nothing to reply to: it has no unique
+            return
+        try:
+            request.decode()
+            outcome = self._run(request)
+        except Exception as raised:  # noqa: BLE001  # sorted out by errno_of
+            self._reply(ring, request, self.errno_of(raised), b"")
+            return
+        if isinstance(outcome, Generator):
+            Operation(self, ring, request, outcome).advance(None, None)
+        else:
+            self._reply(ring, request, 0, outcome)
+
+    def _run(self, request: Request) -> Any:
+        handler = HANDLERS.get(request.opcode)
+        if handler is None:
+            raise ReplyErrno(errno.ENOSYS)
+        if not self._fs.active and request.opcode != FUSE_INIT:
+            raise ReplyErrno(errno.EIO)
+        return handler(self._fs, request)
+
+    def errno_of(self, raised: Exception) -> int:
+        """The errno a request fails with; what nobody foresaw is logged."""
+        if isinstance(raised, (ReplyErrno, OSError)) and raised.errno:
+            return raised.errno
+        self._fs.log.bug("a request handler", raised)
+        return errno.EIO
+
+    def wait(self, operation: Operation, wish: wire.Request | Job) -> None:
+        self._waiting.add(operation)
+        if isinstance(wish, Job):
+            operation.on_pool = True
+            self._pool.submit(wish, operation)
+        else:
+            self._fs.broker.ask(wish, operation)
+
+    def complete(self, operation: Operation, error: int, outcome: Outcome) -> None:
+        self._waiting.discard(operation)
+        if not operation.replied:
+            operation.replied = True
+            self._reply(operation.ring, operation.request, error, outcome)
+
+    def _reply(self, ring: Ring, request: Request, error: int, outcome: Outcome) -> None:
+        if isinstance(outcome, NoReply) or request.opcode in WITHOUT_REPLY:
+            written = 0
+        elif isinstance(outcome, Placed):
+            written = request.reply(error, placed=outcome.length)
+        else:
+            written = request.reply(error, outcome)
+        request.data = []
+        ring.queue.push(request.chain.head, written)
+
+    def give_up(self, ring: Ring) -> bool:
+        """Fail what waits for the broker on this ring with EIO; what it made is wiped with the session.
+
+        False if a pool thread is still inside the guest's memory: that cannot be taken back.
+        """
+        for operation in [waiting for waiting in self._waiting if waiting.ring is ring and not waiting.on_pool]:
+            if not operation.replied:
+                operation.replied = True
+                self._reply(ring, operation.request, errno.EIO, b"")
+        return not any(waiting.ring is ring and waiting.on_pool for waiting in self._waiting)

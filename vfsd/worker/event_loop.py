@@ -1,0 +1,101 @@
+"""The ring thread: waits for kicks, the broker, the pool, control and the supervisor; drains rings in batches.
+
+One turn: hiprio first, then each ring with something to pop; what was asked goes to the broker in one packet; completions
+are shown to each driver by one update and at most one call. A batch is bounded, so that a busy ring does not keep the
+completions of another waiting.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable
+
+from vfsd.channel import Channel
+from vfsd.errors import GuestBreach
+from vfsd.log import ChildLog
+from vfsd.wire.channel import Stop
+from vfsd.worker.broker_client import BrokerClient
+from vfsd.worker.dispatch import Dispatcher
+from vfsd.worker.file_system import FileSystem
+from vfsd.worker.io_pool import IoPool
+from vfsd.worker.ring import Ring
+from vfsd.worker.ring_table import RingTable
+
+_BATCH = 64  # requests popped before completions are published
+_TICK_SECONDS = 0.5
+
+
+class EventLoop:
+    def __init__(
+        self, supervisor: Channel, control: Channel, broker: BrokerClient, fs: FileSystem, pool: IoPool, log: ChildLog
+    ) -> None:
+        self._supervisor = supervisor
+        self._broker = broker
+        self._fs = fs
+        self._pool = pool
+        self._log = log
+        self._dispatcher = Dispatcher(fs, pool)
+        self._epoll = select.epoll()
+        self._rings = RingTable(control, self._dispatcher, log, self._epoll)
+        self._sources: dict[int, Callable[[], None]] = {
+            supervisor.fileno(): self._hear_supervisor,
+            control.fileno(): self._rings.hear_control,
+            broker.fileno(): broker.receive,
+            pool.fileno(): pool.collect,
+        }
+        for fd in self._sources:
+            self._epoll.register(fd, select.EPOLLIN)
+        self._broker_interest = select.EPOLLIN
+        self._stopped = False
+
+    def run(self) -> None:
+        """Returns when the supervisor says Stop; ChannelClosed or BrokerGone when a peer is gone."""
+        while not self._stopped:
+            for fd, _events in self._epoll.poll(self._timeout()):
+                source = self._sources.get(fd)
+                if source is not None:
+                    source()
+                else:
+                    self._rings.kicked(fd)
+            self._turn()
+
+    def _timeout(self) -> float:
+        """Seconds to sleep at most; -1: until something happens."""
+        if self._rings.busy:
+            return 0
+        return _TICK_SECONDS if self._rings.draining or len(self._fs.nodes) else -1
+
+    def _turn(self) -> None:
+        for ring in self._rings.in_order():
+            if ring.more and ring.serving:
+                self._drain(ring)
+        self._broker.flush()
+        self._watch_broker()
+        for ring in self._rings.in_order():
+            ring.publish()
+        now = time.monotonic()
+        self._rings.finish_stops(now)
+        self._fs.nodes.sweep(now)
+
+    def _drain(self, ring: Ring) -> None:
+        ring.queue.disarm()
+        try:
+            for _ in range(_BATCH):
+                chain = ring.pop()
+                if chain is None:
+                    return
+                self._dispatcher.handle(ring, chain)
+        except GuestBreach as breach:
+            self._rings.broke(ring, str(breach))
+
+    def _watch_broker(self) -> None:
+        wanted = select.EPOLLIN | select.EPOLLOUT if self._broker.blocked else select.EPOLLIN
+        if wanted != self._broker_interest:
+            self._epoll.modify(self._broker.fileno(), wanted)
+            self._broker_interest = wanted
+
+    def _hear_supervisor(self) -> None:
+        received = self._supervisor.receive()
+        if received is not None and isinstance(received.message, Stop):
+            self._stopped = True

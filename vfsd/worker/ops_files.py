@@ -1,0 +1,212 @@
+"""Operations on open files. Data goes between file and guest memory in one system call, never through Python's bytes.
+
+A call that may wait for a device runs on the pool: reads whose data is not in the page cache, and everything on a mount that
+was slow a moment ago (files.Mount).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+from vfsd.errors import ReplyErrno
+from vfsd.sandbox import filecalls
+from vfsd.wire import broker_messages as wire
+from vfsd.wire import fuse_abi as abi
+from vfsd.worker.file_system import FileSystem, Given, Outcome, Placed, Waiting, take_donation
+from vfsd.worker.files import OpenFile
+from vfsd.worker.io_pool import Job
+from vfsd.worker.request import Request, advance, iov
+
+_I64_MAX = (1 << 63) - 1
+_MAX_TRANSFER_BYTES = 1 << 20
+_INLINE_COPY_BYTES = 1 << 20  # a longer COPY_FILE_RANGE is not for the ring thread
+_MAX_COPY_BYTES = 1 << 30  # one reply's worth: the guest asks again for the rest
+_NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def open_(fs: FileSystem, request: Request) -> Waiting:
+    flags, _open_flags = abi.fuse_open_in.unpack_from(request.arguments(abi.fuse_open_in.size))
+    given: Given = yield wire.Open(request.nodeid, flags)
+    return _opened(fs, request, given, fs.cache.open_flags)
+
+
+def opendir(fs: FileSystem, request: Request) -> Waiting:
+    request.arguments(abi.fuse_open_in.size)
+    given: Given = yield wire.OpenDir(request.nodeid)
+    return _opened(fs, request, given, fs.cache.opendir_flags)
+
+
+def _opened(fs: FileSystem, request: Request, given: Given, open_flags: int) -> bytes:
+    fh, traits, mount_key = given.fields
+    fs.keep_open(request.nodeid, fh, traits, mount_key, take_donation(given))
+    return abi.fuse_open_out.pack(fh, open_flags)
+
+
+def release(fs: FileSystem, request: Request) -> Outcome:
+    """Needs no answer of the broker: it cannot fail."""
+    fh, _flags, _release_flags, _owner = abi.fuse_release_in.unpack_from(request.arguments(abi.fuse_release_in.size))
+    if fs.files.get(request.nodeid, fh) is not None:
+        fs.files.drop(fh)
+    fs.broker.tell(wire.Release(request.nodeid, fh))
+    return b""
+
+
+def read(fs: FileSystem, request: Request) -> Outcome | Waiting:
+    fh, offset, size, *_rest = abi.fuse_read_in.unpack_from(request.arguments(abi.fuse_read_in.size))
+    if size > _MAX_TRANSFER_BYTES or offset > _I64_MAX - size:
+        raise ReplyErrno(errno.EINVAL)
+    opened = fs.files.get(request.nodeid, fh)
+    if opened is None:
+        return _read_fetched(fs, request, fh, offset, size)
+    done = _read_inline(opened, request.room(size), offset)
+    return _read_pooled(opened, request, offset, size) if done is None else Placed(done)
+
+
+def _read_fetched(fs: FileSystem, request: Request, fh: int, offset: int, size: int) -> Waiting:
+    opened = yield from fs.fetch(request.nodeid, fh)
+    return (yield from _read_pooled(opened, request, offset, size))
+
+
+def _read_inline(opened: OpenFile, views: list[memoryview], offset: int) -> int | None:
+    """Read what is there without waiting; None if the rest needs a call that may wait."""
+    mount = opened.mount
+    if mount.pooled() or not views:
+        return None if views else 0
+    if not mount.nowait_reads:
+        started = time.monotonic()
+        done = _read_all(opened.fd, views, offset)
+        mount.took(started)
+        return done
+    try:
+        done = os.preadv(opened.fd, iov(views), offset, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_NOWAIT:
+            raise
+        mount.nowait_reads = False
+        return _read_inline(opened, views, offset)
+    if done == sum(len(view) for view in views):
+        return done
+    # A short count is not the end of the file: the rest may not be in the page cache. It is the end if the file ends there;
+    # of files whose size is 0 (procfs has such) only a waiting read can say.
+    end = filecalls.fstat(opened.fd).size
+    return done if 0 < end <= offset + done else None
+
+
+def _read_all(fd: int, views: list[memoryview], offset: int) -> int:
+    """Read until the views are full or the file ends."""
+    done = 0
+    while views:
+        count = os.preadv(fd, iov(views), offset + done)
+        if count == 0:
+            break
+        done += count
+        views = advance(views, count)
+    return done
+
+
+def _read_pooled(opened: OpenFile, request: Request, offset: int, size: int) -> Waiting:
+    done: int = yield from on_pool(opened, lambda: _read_all(opened.fd, request.room(size), offset))
+    return Placed(done)
+
+
+def on_pool(opened: OpenFile, work: Callable[[], Any]) -> Generator[wire.Request | Job, Any, Any]:
+    """Run `work` on a pool thread, the open file's descriptor held meanwhile."""
+    opened.pin()
+    try:
+        return (yield Job(opened.mount.key, work))
+    finally:
+        opened.unpin()
+
+
+def write(fs: FileSystem, request: Request) -> Outcome | Waiting:
+    fh, offset, size, write_flags, _owner, flags = abi.fuse_write_in.unpack_from(request.body)
+    if size != sum(len(view) for view in request.data):
+        raise ReplyErrno(errno.EIO)
+    if size > _MAX_TRANSFER_BYTES or offset > _I64_MAX - size:
+        raise ReplyErrno(errno.EINVAL)
+    appends = flags & os.O_APPEND and not write_flags & abi.FUSE_WRITE_CACHE
+    rwf = os.RWF_APPEND if appends else 0
+    opened = fs.files.get(request.nodeid, fh)
+    if opened is None or opened.mount.pooled():
+        return _write_pooled(fs, request, fh, offset, rwf)
+    started = time.monotonic()
+    done = _write_all(opened.fd, request.data, offset, rwf)
+    opened.mount.took(started)
+    return abi.fuse_write_out.pack(done)
+
+
+def _write_pooled(fs: FileSystem, request: Request, fh: int, offset: int, rwf: int) -> Waiting:
+    opened = yield from fs.fetch(request.nodeid, fh)
+    done: int = yield from on_pool(opened, lambda: _write_all(opened.fd, request.data, offset, rwf))
+    return abi.fuse_write_out.pack(done)
+
+
+def _write_all(fd: int, views: list[memoryview], offset: int, rwf: int) -> int:
+    """Write all of it; how much was written if an error came later: that error comes again with the guest's next write."""
+    done = 0
+    while views:
+        try:
+            count = os.pwritev(fd, iov(views), offset + done, rwf)
+        except OSError:
+            if done:
+                break
+            raise
+        done += count
+        views = advance(views, count)
+    return done
+
+
+def flush(fs: FileSystem, request: Request) -> Outcome | Waiting:
+    """Only a file system with a flush method of its own needs the call."""
+    fh, _owner = abi.fuse_flush_in.unpack_from(request.arguments(abi.fuse_flush_in.size))
+    opened = fs.files.get(request.nodeid, fh)
+    if opened is None or opened.traits & wire.TRAIT_FLUSH:
+        return _ask_nothing(wire.Flush(request.nodeid, fh))
+    return b""
+
+
+def _ask_nothing(question: wire.Request) -> Waiting:
+    yield question
+    return b""
+
+
+def fsync(_fs: FileSystem, request: Request) -> Waiting:
+    """The broker's: an error of writing back is reported once per open file, to a process that survives."""
+    fh, flags = abi.fuse_fsync_in.unpack_from(request.arguments(abi.fuse_fsync_in.size))
+    yield wire.FSync(request.nodeid, fh, flags & abi.FUSE_FSYNC_FDATASYNC)
+    return b""
+
+
+def fallocate(_fs: FileSystem, request: Request) -> Waiting:
+    fh, offset, length, mode = abi.fuse_fallocate_in.unpack_from(request.arguments(abi.fuse_fallocate_in.size))
+    if length > _I64_MAX or offset > _I64_MAX - length:
+        raise ReplyErrno(errno.EFBIG)
+    yield wire.FAllocate(request.nodeid, fh, mode, offset, length)
+    return b""
+
+
+def copy_file_range(fs: FileSystem, request: Request) -> Waiting:
+    arguments = abi.fuse_copy_file_range_in.unpack_from(request.arguments(abi.fuse_copy_file_range_in.size))
+    fh_in, offset_in, nodeid_out, fh_out, offset_out, length, flags = arguments
+    length = min(length, _MAX_COPY_BYTES)
+    if flags or offset_in > _I64_MAX - length or offset_out > _I64_MAX - length:
+        raise ReplyErrno(errno.EINVAL)
+    source = yield from fs.fetch(request.nodeid, fh_in)
+    source.pin()
+    try:
+        target = yield from fs.fetch(nodeid_out, fh_out)
+
+        def copy() -> int:
+            return os.copy_file_range(source.fd, target.fd, length, offset_in, offset_out)
+
+        inline = length <= _INLINE_COPY_BYTES and not source.mount.pooled() and not target.mount.pooled()
+        done: int = copy() if inline else (yield from on_pool(target, copy))
+    finally:
+        source.unpin()
+    return abi.fuse_write_out.pack(done)

@@ -1,0 +1,86 @@
+"""Operations on names: the broker resolves, makes and removes them; here requests and replies are translated."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from vfsd.errors import ReplyErrno
+from vfsd.wire import broker_messages as wire
+from vfsd.wire import fuse_abi as abi
+from vfsd.worker.file_system import FileSystem, Given, Waiting, check_name, take_donation
+from vfsd.worker.request import Request
+
+_MODE_BITS = 0o177777
+
+
+def lookup(fs: FileSystem, request: Request) -> Waiting:
+    return (yield from _entry_reply(fs, wire.Lookup(request.nodeid, check_name(request.name()))))
+
+
+def _entry_reply(fs: FileSystem, question: wire.Request) -> Waiting:
+    given: Given = yield question
+    return fs.encode_entry(*given.fields)
+
+
+def mknod(fs: FileSystem, request: Request) -> Waiting:
+    mode, rdev, umask = abi.fuse_mknod_in.unpack_from(request.arguments(abi.fuse_mknod_in.size))
+    name = check_name(request.name(abi.fuse_mknod_in.size))
+    mode = mode & _MODE_BITS & ~(umask & 0o777)
+    return (yield from _entry_reply(fs, wire.MkNod(request.nodeid, name, mode, rdev, request.uid, request.gid)))
+
+
+def mkdir(fs: FileSystem, request: Request) -> Waiting:
+    mode, umask = abi.fuse_mkdir_in.unpack_from(request.arguments(abi.fuse_mkdir_in.size))
+    name = check_name(request.name(abi.fuse_mkdir_in.size))
+    mode = mode & _MODE_BITS & ~(umask & 0o777)
+    return (yield from _entry_reply(fs, wire.MkDir(request.nodeid, name, mode, request.uid, request.gid)))
+
+
+def symlink(fs: FileSystem, request: Request) -> Waiting:
+    name, target = request.names(0, 2)
+    if len(target) > wire.MAX_TARGET_BYTES:
+        raise ReplyErrno(errno.ENAMETOOLONG)
+    return (yield from _entry_reply(fs, wire.SymLink(request.nodeid, check_name(name), target, request.uid, request.gid)))
+
+
+def link(fs: FileSystem, request: Request) -> Waiting:
+    (source,) = abi.fuse_link_in.unpack_from(request.arguments(abi.fuse_link_in.size))
+    name = check_name(request.name(abi.fuse_link_in.size))
+    return (yield from _entry_reply(fs, wire.Link(source, request.nodeid, name)))
+
+
+def unlink(_fs: FileSystem, request: Request) -> Waiting:
+    yield wire.Unlink(request.nodeid, check_name(request.name()))
+    return b""
+
+
+def rmdir(_fs: FileSystem, request: Request) -> Waiting:
+    yield wire.RmDir(request.nodeid, check_name(request.name()))
+    return b""
+
+
+def rename(_fs: FileSystem, request: Request) -> Waiting:
+    (new_parent,) = abi.fuse_rename_in.unpack_from(request.arguments(abi.fuse_rename_in.size))
+    return (yield from _rename(request, abi.fuse_rename_in.size, new_parent, 0))
+
+
+def rename2(_fs: FileSystem, request: Request) -> Waiting:
+    new_parent, flags = abi.fuse_rename2_in.unpack_from(request.arguments(abi.fuse_rename2_in.size))
+    return (yield from _rename(request, abi.fuse_rename2_in.size, new_parent, flags))
+
+
+def _rename(request: Request, start: int, new_parent: int, flags: int) -> Waiting:
+    old, new = request.names(start, 2)
+    yield wire.Rename(request.nodeid, check_name(old), new_parent, check_name(new), flags)
+    return b""
+
+
+def create(fs: FileSystem, request: Request) -> Waiting:
+    flags, mode, umask, _open_flags = abi.fuse_create_in.unpack_from(request.arguments(abi.fuse_create_in.size))
+    name = check_name(request.name(abi.fuse_create_in.size))
+    mode = mode & _MODE_BITS & ~(umask & 0o777)
+    given: Given = yield wire.Create(request.nodeid, name, flags & ~os.O_CLOEXEC, mode, request.uid, request.gid)
+    nodeid, attr, fh, traits, mount_key = given.fields
+    fs.keep_open(nodeid, fh, traits, mount_key, take_donation(given))
+    return fs.encode_entry(nodeid, attr) + abi.fuse_open_out.pack(fh, fs.cache.open_flags)

@@ -1,0 +1,181 @@
+"""Control's sockets: one to the supervisor, one to each worker; requests to workers are asked here and waited for.
+
+Who controls the bytes: workers may be hostile, their answers come through the channel codec and change nothing but the
+answer's number; the supervisor is trusted. Waiting is bounded (10 s), and the supervisor's Stop is heard meanwhile.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from vfsd.channel import Channel, ChannelClosed, close_all
+from vfsd.errors import ChildBreach
+from vfsd.fds import OwnedFd
+from vfsd.log import decode_text
+from vfsd.wire.channel import (
+    WORKER_TO_CONTROL,
+    AddWorker,
+    ChannelMessage,
+    Connection,
+    Done,
+    NeedWorker,
+    Refused,
+    RingBroken,
+    Stop,
+)
+
+ANSWER_SECONDS = 10.0  # RingStop drains for up to 5 s; a frontend's main loop waits for us meanwhile
+_SEQ_MASK = 2**32 - 1
+
+
+class StopAsked(Exception):
+    """The supervisor wants this process to end."""
+
+
+class WorkerRefused(Exception):
+    """A worker answered that it cannot do this; the text says why."""
+
+
+class WorkerFailed(Exception):
+    """A worker does not answer, or what it says cannot be: the device cannot go on."""
+
+
+class WorkerLost(WorkerFailed):
+    """A worker closed its socket: it died, and the supervisor knows, or will know in a moment."""
+
+
+class WorkerLink:
+    """The socket to one worker."""
+
+    def __init__(self, index: int, channel: Channel) -> None:
+        self.index = index
+        self.channel = channel
+        self.knows_memory = False
+        self._seq = 0
+
+    def next_seq(self) -> int:
+        self._seq = (self._seq + 1) & _SEQ_MASK
+        return self._seq
+
+
+class WorkerLinks:
+    """All links, and the supervisor's channel. `on_broken(queue_index, text)` hears of rings that a worker gave up."""
+
+    def __init__(self, supervisor: Channel) -> None:
+        self.supervisor = supervisor
+        self.on_broken: Callable[[int, str], None] = _ignore
+        self.connection: OwnedFd | None = None  # handed over, not yet taken by the main loop
+        self._links: dict[int, WorkerLink] = {}
+        self._asked_for: set[int] = set()
+
+    def __iter__(self) -> Iterator[WorkerLink]:
+        return iter(list(self._links.values()))
+
+    def need(self, index: int) -> None:
+        """Ask the supervisor for a worker, once; it answers with AddWorker. Worker 0 it starts by itself."""
+        if index > 0 and index not in self._links and index not in self._asked_for:
+            if not self.supervisor.send(NeedWorker(index)):
+                raise WorkerFailed("the supervisor does not read its channel")
+            self._asked_for.add(index)
+
+    def get(self, index: int) -> WorkerLink:
+        """The link to this worker, waited for if it has been asked for only now."""
+        self.need(index)
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while index not in self._links:
+            self._wait([self.supervisor.fileno()], deadline, f"worker {index} was not started")
+            self.hear_supervisor()
+        return self._links[index]
+
+    def ask(self, link: WorkerLink, make: Callable[[int], ChannelMessage], fds: Sequence[OwnedFd] = ()) -> int:
+        """Send `make(seq)` and wait for its answer's number. Raises WorkerRefused, WorkerFailed or StopAsked."""
+        seq = link.next_seq()
+        message = make(seq)
+        what = f"worker {link.index} did not answer {type(message).__name__}"
+        try:
+            if not link.channel.send(message, fds):
+                raise WorkerFailed(f"worker {link.index} does not read its control socket")
+        except ChannelClosed:
+            raise WorkerLost(f"worker {link.index} is gone") from None
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while True:
+            ready = self._wait([link.channel.fileno(), self.supervisor.fileno()], deadline, what)
+            if self.supervisor.fileno() in ready:
+                self.hear_supervisor()
+            if link.channel.fileno() in ready:
+                answer = self._next_answer(link)
+                if answer is not None:
+                    return _value(link, answer, seq)
+
+    def hear(self, link: WorkerLink) -> None:
+        """What a worker says unasked. An answer now has no question."""
+        answer = self._next_answer(link)
+        if answer is not None:
+            raise WorkerFailed(f"worker {link.index} answered what was not asked")
+
+    def hear_supervisor(self) -> None:
+        """One message of the supervisor. Raises StopAsked, also when it is gone."""
+        try:
+            received = self.supervisor.receive()
+        except ChannelClosed:
+            raise StopAsked from None
+        if received is None:
+            return
+        match received.message:
+            case AddWorker(index):
+                if index in self._links:
+                    self._links[index].channel.close()
+                self._links[index] = WorkerLink(index, Channel.from_fd(received.fds[0], WORKER_TO_CONTROL))
+            case Connection() if self.connection is None:
+                self.connection = received.fds[0]
+            case Stop():
+                raise StopAsked
+            case _:
+                close_all(received.fds)
+
+    def close(self) -> None:
+        for link in self:
+            link.channel.close()
+        self._links.clear()
+        if self.connection is not None:
+            self.connection.close()
+
+    def _next_answer(self, link: WorkerLink) -> Done | Refused | None:
+        """One message of this worker: an answer is returned, a RingBroken passed on. None if there was no answer."""
+        try:
+            received = link.channel.receive()
+        except ChannelClosed:
+            raise WorkerLost(f"worker {link.index} is gone") from None
+        except ChildBreach as error:
+            raise WorkerFailed(f"worker {link.index} broke the protocol of its control socket: {error}") from error
+        match received.message if received is not None else None:
+            case Done() | Refused() as answer:
+                return answer
+            case RingBroken(queue_index, text):
+                self.on_broken(queue_index, decode_text(text))
+        return None
+
+    def _wait(self, fds: list[int], deadline: float, what: str) -> set[int]:
+        """Those of the descriptors that are readable, at least one."""
+        poller = select.poll()
+        for fd in fds:
+            poller.register(fd, select.POLLIN)
+        while (left := deadline - time.monotonic()) > 0:
+            ready = {fd for fd, _ in poller.poll(left * 1000)}
+            if ready:
+                return ready
+        raise WorkerFailed(f"{what} within {ANSWER_SECONDS:.0f} s")
+
+
+def _value(link: WorkerLink, answer: Done | Refused, seq: int) -> int:
+    if answer.seq != seq:
+        raise WorkerFailed(f"worker {link.index} answered what was not asked")
+    if isinstance(answer, Refused):
+        raise WorkerRefused(decode_text(answer.text))
+    return answer.value
+
+
+def _ignore(_queue_index: int, _text: str) -> None:
+    return
