@@ -56,7 +56,7 @@ class Child:
 
     def _start(self, module: str, config_fd: int, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-I", "-m", module, str(config_fd)],
+            self._command(module, config_fd),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._last_words.fileno(),
@@ -65,6 +65,11 @@ class Child:
             env={},
             start_new_session=True,
         )
+
+    @staticmethod
+    def _command(module: str, config_fd: int) -> list[str]:
+        """Isolated mode: nothing of the environment, the user or the working directory decides what is imported."""
+        return [sys.executable, "-I", "-m", module, str(config_fd)]
 
     @property
     def pid(self) -> int:

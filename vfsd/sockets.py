@@ -23,7 +23,7 @@ _BACKLOG = 1  # one frontend at a time
 
 
 class VhostSocket:
-    """A socket that listens or is connected already, and what must be removed from the file system at the end."""
+    """A socket that listens (non-blocking) or is connected already, and what must be removed from the file system at the end."""
 
     def __init__(self, sock: socket.socket, *, listening: bool, path: bytes | None = None, pid_file: PidFile | None = None) -> None:
         self.socket = sock
@@ -95,6 +95,7 @@ def _bind(path: bytes, gid: int | None) -> socket.socket:
         if gid is not None:
             os.chown(path, -1, gid)
         sock.listen(_BACKLOG)
+        sock.setblocking(False)
     except BaseException:
         sock.close()
         raise
@@ -113,8 +114,10 @@ def adopt_socket(fd: int) -> VhostSocket:
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
         sock.close()
         raise ConfigError(f"{option}: is not a Unix stream socket; {remedy}")
-    sock.setblocking(True)  # whoever made it may have left it non-blocking
-    return VhostSocket(sock, listening=bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)))
+    listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    if listening:
+        sock.setblocking(False)
+    return VhostSocket(sock, listening=listening)
 
 
 def _group_id(group: str) -> int:

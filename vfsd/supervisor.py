@@ -182,7 +182,10 @@ class Supervisor:
             self._hand_over(OwnedFd(os.dup(self._endpoint.socket.fileno())))
 
     def _on_connect(self) -> None:
-        connection, _ = self._endpoint.socket.accept()
+        try:
+            connection, _ = self._endpoint.socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # it left again, or went to another process that holds the socket of --fd
         # One frontend per vfsd: a second one is refused by the kernel, not left waiting.
         self._selector.unregister(self._endpoint.socket)
         self._endpoint.socket.close()

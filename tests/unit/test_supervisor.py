@@ -1,9 +1,9 @@
 """The supervisor with children that play a script instead of serving: what starts, what ends, what is logged last."""
 
 import os
+import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -56,25 +56,14 @@ class Stage:
     def __init__(self, tmp_path, monkeypatch):
         self.path = os.fsencode(tmp_path / "vhost.sock")
         self.scripts = {"vfsd.broker": READY, "vfsd.worker.control": READY, "vfsd.worker": READY}
-        self.pids = []
         self._log_fd = os.memfd_create("log")
         self.confined = []
         monkeypatch.setattr(vfsd.supervisor, "lock_down", self.confined.append)
-        stage = self
-
-        def start(child, *details):
-            return stage._start_script(child, *details)
-
-        monkeypatch.setattr(Child, "_start", start)
+        monkeypatch.setattr(Child, "_command", staticmethod(self._command))
         self._over = threading.Event()
 
-    def _start_script(self, child, module, config_fd, pass_fds):
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-c", PRELUDE + self.scripts[module], str(config_fd), module],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=child._last_words.fileno(), pass_fds=pass_fds, start_new_session=True,
-        )  # fmt: skip
-        self.pids.append(process.pid)
-        return process
+    def _command(self, module, config_fd):
+        return [sys.executable, "-I", "-c", PRELUDE + self.scripts[module], str(config_fd), module]
 
     def run(self, *argv, endpoint=None, act=None, when="Waiting for vhost-user socket connection"):
         options = parse_options(["--shared-dir=/tmp", "--socket-path=unused", "--sandbox=none", "--num-request-queues=2", *argv])
@@ -92,7 +81,7 @@ class Stage:
                 self._over.set()
                 if actor:
                     actor.join()
-        for pid in self.pids:
+        for pid in self.pids():
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
         assert not os.path.exists(self.path)
@@ -113,6 +102,9 @@ class Stage:
         frontend = socket.socket(socket.AF_UNIX)
         self.frontends = [*getattr(self, "frontends", []), frontend]
         frontend.connect(self.path)
+
+    def pids(self):
+        return [int(pid) for pid in re.findall(r"started: pid (\d+)", self.log())]
 
     def log(self):
         return os.pread(self._log_fd, 1 << 20, 0).decode()
@@ -148,7 +140,7 @@ def test_a_frontend_comes_and_goes(stage):
         "Client disconnected, shutting down",
     ]
     assert [each.role for each in stage.confined] == ["supervisor"]
-    assert len(stage.pids) == 3
+    assert len(stage.pids()) == 3
 
 
 def test_a_second_frontend_is_refused_and_not_left_waiting(stage):
@@ -272,7 +264,7 @@ def test_workers_are_bounded_and_started_once(stage, asked):
     stage.scripts["vfsd.worker.control"] = f"say(Ready()); hear(); hear(); say({asked}); idle()"
     assert stage.run(act=stage.connect) == 1
     assert "which exists or must not exist" in stage.last_line()
-    assert len(stage.pids) <= 4
+    assert len(stage.pids()) <= 4
 
 
 def test_a_connected_socket_is_handed_over_at_once(stage):

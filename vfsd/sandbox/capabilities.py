@@ -41,7 +41,10 @@ SUPERVISOR_SECUREBITS = _NO_AMBIENT
 
 def mask_of(names: Iterable[str]) -> int:
     """Names without CAP_, as in NAMES; ValueError for another."""
-    return sum(1 << NAMES.index(name) for name in set(names))
+    wanted = set(names)
+    if unknown := sorted(wanted.difference(NAMES)):
+        raise ValueError(f"unknown capability {unknown[0]}")
+    return sum(1 << NAMES.index(name) for name in wanted)
 
 
 def names_of(mask: int) -> tuple[str, ...]:
@@ -77,7 +80,7 @@ def keep_over_uid_change() -> None:
 
 def raise_effective(name: str) -> None:
     """Make a permitted capability effective (a uid change cleared the effective set)."""
-    prctl.set_caps(([name.lower()], prctl.CAP_EFFECTIVE, True))
+    prctl.set_caps(([NAMES.index(name)], prctl.CAP_EFFECTIVE, True))
 
 
 def limit_bounding(kept: int) -> None:
@@ -105,11 +108,11 @@ def limit_to(kept: int) -> None:
     `kept` must be permitted. The order matters: what is not permitted can neither be effective nor be made so.
     """
     syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
-    names = [name.lower() for name in names_of(kept)]
+    known = [bit for bit in prctl.ALL_CAPS if kept >> bit & 1]
     prctl.cap_inheritable.limit()
-    if names:
-        prctl.set_caps((names, prctl.CAP_EFFECTIVE, True))
-    prctl.cap_effective.limit(*names)
-    prctl.cap_permitted.limit(*names)
+    if known:
+        prctl.set_caps((known, prctl.CAP_EFFECTIVE, True))
+    prctl.cap_effective.limit(*known)
+    prctl.cap_permitted.limit(*known)
     if syscalls.capget() != (kept, kept, 0):  # the kernel has capabilities that python-prctl does not know
         syscalls.capset(kept, kept, 0)

@@ -24,10 +24,29 @@ UTIME_OMIT = (1 << 30) - 2
 HANDLE_BYTES_MAX = 128  # MAX_HANDLE_SZ
 _HANDLE_HEADER = struct.Struct("<Ii")  # struct file_handle: handle_bytes, handle_type; the bytes follow
 
-# Calls for which libc has no wrapper, or only one that adds a path. x86_64 and aarch64.
+# Calls that libc does not make as they are: it adds a path (fstat), changes all threads (setresuid), or takes another call
+# when no flag is set (renameat2). x86_64 and aarch64.
 _NUMBERS = {
-    "x86_64": {"fstat": 5, "getdents64": 217, "setresuid": 117, "setresgid": 119, "setgroups": 116, "capset": 126, "fchownat": 260},
-    "aarch64": {"fstat": 80, "getdents64": 61, "setresuid": 147, "setresgid": 149, "setgroups": 159, "capset": 91, "fchownat": 54},
+    "x86_64": {
+        "fstat": 5,
+        "getdents64": 217,
+        "setresuid": 117,
+        "setresgid": 119,
+        "setgroups": 116,
+        "capset": 126,
+        "fchownat": 260,
+        "renameat2": 316,
+    },
+    "aarch64": {
+        "fstat": 80,
+        "getdents64": 61,
+        "setresuid": 147,
+        "setresgid": 149,
+        "setgroups": 159,
+        "capset": 91,
+        "fchownat": 54,
+        "renameat2": 276,
+    },
 }
 _MACHINE = platform.machine()
 _NR = _NUMBERS[_MACHINE]
@@ -117,7 +136,6 @@ _libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_ui
 _libc.name_to_handle_at.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
 _libc.open_by_handle_at.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _libc.utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
 
 
@@ -178,7 +196,8 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def renameat2(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:
-    if _libc.renameat2(old_dir, old_name, new_dir, new_name, flags) < 0:
+    names = ctypes.c_char_p(old_name), ctypes.c_char_p(new_name)
+    if _syscall(_NR["renameat2"], old_dir, names[0], new_dir, names[1], ctypes.c_uint(flags)) < 0:
         _raise()
 
 

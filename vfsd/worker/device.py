@@ -74,8 +74,9 @@ class Device:
 
     def ring_broken(self, queue_index: int, text: str) -> None:
         """A worker says that the guest broke this ring. The others go on."""
-        if queue_index < len(self._rings) and self._rings[queue_index].running:
-            self._rings[queue_index].broken = True
+        ring = self._rings[queue_index] if queue_index < len(self._rings) else None
+        if ring is not None and ring.running and not ring.broken:
+            ring.broken = True
             self._log.error(f"queue {queue_index} is stopped, the guest's driver broke it: {text}")
 
     def close(self) -> None:

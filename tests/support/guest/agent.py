@@ -16,7 +16,7 @@ import types
 from typing import Any
 
 sys.path.append("/")  # isolated mode leaves out the script's own folder
-from link import Link  # noqa: E402
+from link import Link
 
 MODULES: dict[str, types.ModuleType] = {}
 
@@ -24,7 +24,7 @@ MODULES: dict[str, types.ModuleType] = {}
 def op_load(name: str, source: str) -> None:
     module = types.ModuleType(name)
     sys.modules[name] = module
-    exec(compile(source, f"<{name}>", "exec"), module.__dict__)  # noqa: S102 - the host is trusted by its guest
+    exec(compile(source, f"<{name}>", "exec"), module.__dict__)
     MODULES[name] = module
 
 
@@ -35,13 +35,13 @@ def op_call(module: str, function: str, arguments: list[Any]) -> Any:
 def op_python(source: str, arguments: dict[str, Any]) -> Any:
     """Runs the source with the arguments as its names; its answer is what it assigned to `result`."""
     names: dict[str, Any] = dict(arguments)
-    exec(compile(source, "<test>", "exec"), names)  # noqa: S102
+    exec(compile(source, "<test>", "exec"), names)
     return names.get("result")
 
 
 def op_run(argv: list[str], cwd: str | None, env: dict[str, str], stdin: str) -> tuple[int, str, str]:
     """Output goes through files: a background child that keeps a pipe open would otherwise be waited for."""
-    with open("/dev/shm/stdout", "w+b") as out, open("/dev/shm/stderr", "w+b") as err:  # noqa: S108
+    with open("/dev/shm/stdout", "w+b") as out, open("/dev/shm/stderr", "w+b") as err:
         done = subprocess.run(argv, cwd=cwd, env={**os.environ, **env}, input=os.fsencode(stdin), stdout=out, stderr=err, check=False)
         out.seek(0)
         err.seek(0)
@@ -59,7 +59,7 @@ def op_shell(columns: int, lines: int) -> int:
         termios.tcsetwinsize(descriptor, (lines, columns))
     finally:
         os.close(descriptor)
-    start = "cd /mnt 2>/dev/null; exec setsid -c sh -l <'%s' >'%s' 2>&1" % (console, console)
+    start = f"cd /mnt 2>/dev/null; exec setsid -c sh -l <'{console}' >'{console}' 2>&1"
     return subprocess.run(["sh", "-c", start], env={**os.environ, "PS1": "guest:\\w# ", "TERM": "vt100"}, check=False).returncode
 
 

@@ -124,7 +124,7 @@ class Guest(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            if kind is None:
+            if kind is None and self._process is not None:
                 self.power_off()
         finally:
             self.close()
@@ -133,6 +133,12 @@ class Guest(ABC):
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Major and minor version of the guest's kernel."""
+        major, minor = self.uname[2].split(".")[:2]
+        return int(major), int(minor)
 
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from py_compile import PycInvalidationMode, compile as compile_python
+from py_compile import PycInvalidationMode
+from py_compile import compile as compile_python
 from tempfile import TemporaryDirectory
 
 from tests.support.guest.cpio import CpioWriter
@@ -35,7 +36,26 @@ _USERLAND_PACKAGES = (
 _LIBRARIES = ("ld-linux-x86-64.so.2", "libc.so.6", "libm.so.6", "libexpat.so.1", "libffi.so.8", "libpcre2-8.so.0", "libz.so.1")
 _EXTENSION_MODULES = ("_contextvars", "_ctypes", "_json", "_posixshmem", "_queue", "mmap", "resource", "termios")
 _STDLIB_LEFT_OUT = frozenset(
-    "asyncio distutils email ensurepip html http idlelib lib-dynload lib2to3 pydoc_data sqlite3 test tkinter turtledemo unittest urllib xml xmlrpc".split()
+    [
+        "asyncio",
+        "distutils",
+        "email",
+        "ensurepip",
+        "html",
+        "http",
+        "idlelib",
+        "lib-dynload",
+        "lib2to3",
+        "pydoc_data",
+        "sqlite3",
+        "test",
+        "tkinter",
+        "turtledemo",
+        "unittest",
+        "urllib",
+        "xml",
+        "xmlrpc",
+    ]
 )
 _ENCODINGS = ("__init__", "aliases", "ascii", "latin_1", "utf_8")
 

@@ -1,0 +1,182 @@
+"""A process that confines itself as one role of vfsd does, then tries one thing. Run by `sandbox.py`, as its own program.
+
+argv: SPEC (JSON, see `sandbox.Spec`) and the descriptor that the outcome is written to. Everything is imported before the
+filter is loaded; afterwards it only makes the calls that the test is about, write(2) and exit_group(2).
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import select
+import subprocess
+import sys
+import threading
+
+from vfsd.errors import ConfigError
+from vfsd.sandbox import capabilities, census, lockdown, memory, namespaces
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+PAGE = 4096
+STATUS_FD = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)  # what it says is of the moment of reading
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    result_fd = int(sys.argv[2])
+    try:
+        outcome = {"value": confine_and_attempt(spec, result_fd)}
+    except ConfigError as error:
+        outcome = {"config_error": str(error)}
+    except OSError as error:
+        outcome = {"errno": error.errno}
+    except MemoryError:
+        outcome = {"memory_error": True}
+    os.write(result_fd, json.dumps(outcome).encode())
+    os._exit(0)
+
+
+def confine_and_attempt(spec, result_fd):
+    for name in spec["lacking"]:
+        capabilities.limit_to(capabilities.permitted() & ~capabilities.mask_of([name]))
+    if spec["start_uid"] is not None:
+        os.setgroups([])
+        os.setresgid(*[spec["start_uid"]] * 3)
+        os.setresuid(*[spec["start_uid"]] * 3)
+    before = census.open_fds(os.getpid()) if spec["count_fds"] else None
+    share = None
+    if spec["enter"] == "share":
+        share = namespaces.enter_share(spec["sandbox"], os.fsencode(spec["share"]), spec["readonly"])
+    elif spec["enter"] == "empty":
+        namespaces.enter_empty_root(spec["sandbox"])
+    if spec["lock"]:
+        lock(spec)
+    if before is not None:  # not confined by a filter then
+        after = [each for each in range(1024) if is_open(each)]
+        return {"before": sorted(before), "after": after}
+    return ATTEMPTS[spec["attempt"]](spec, share, result_fd)
+
+
+def lock(spec) -> None:
+    if spec["settle"]:
+        memory.settle_allocator()
+    program = os.pread(spec["filter_fd"], 1 << 20, 0) if spec["filter_fd"] is not None else b""
+    lockdown.lock_down(
+        lockdown.Confinement(
+            role=spec["role"],
+            sandbox=spec["sandbox"],
+            seccomp_filter=program,
+            uid=spec["uid"],
+            gid=spec["uid"],
+            capabilities=tuple(spec["capabilities"]),
+            landlock=spec["landlock"],
+            nofile=spec["nofile"],
+            supervisor_pidfd=spec["supervisor_pidfd"],
+        ),
+        start_threads=lambda: start_threads(spec["threads"]),
+    )
+
+
+def start_threads(number: int) -> None:
+    for _ in range(number):
+        threading.Thread(target=select.epoll().poll, daemon=True).start()
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+# --- attempts -----------------------------------------------------------------------------------------------------------------
+
+
+def attempt_syscall(spec, share, result_fd):
+    """Raw system calls, one after another; the result of the last, or its errno. Texts are passed by address."""
+    result = None
+    for number, *arguments in spec["calls"]:
+        converted = [ctypes.c_char_p(os.fsencode(each)) if isinstance(each, str) else ctypes.c_long(each) for each in arguments]
+        result = _libc.syscall(ctypes.c_long(number), *converted)
+        if result == -1:
+            raise OSError(ctypes.get_errno(), "")
+    return result
+
+
+def attempt_hold(spec, share, result_fd):
+    """Say that all is done and stay as we are, for the census."""
+    os.write(result_fd, b"confined")
+    os.read(spec["hold_fd"], 1)
+    os._exit(0)
+
+
+def attempt_large_allocation(spec, share, result_fd):
+    return len(bytearray(1 << 30))
+
+
+def attempt_churn(spec, share, result_fd):
+    """Allocate and free within the heap, small and large, for a while."""
+    for size in (100, 10_000, 1_000_000, 20_000_000):
+        for _ in range(50):
+            kept = [bytearray(size // 10) for _ in range(10)]
+            del kept
+    return len([{"n": number} for number in range(20_000)])
+
+
+def attempt_map_shared(spec, share, result_fd):
+    """What guest memory does: map a memfd by Python's mmap, write, unmap."""
+    mapped = mmap.mmap(spec["fds"][0], PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    mapped[:5] = b"guest"
+    mapped.close()
+    return PAGE
+
+
+def attempt_evaluate(spec, share, result_fd):
+    """Python, for what is no single call; `share` and the descriptors passed are at hand."""
+    names = {"os": os, "share": share, "fds": spec["fds"], "census": census, "errno_of": errno_of, "libc": _libc}
+    if "proc_status" in spec["expression"]:
+        names["proc_status"] = os.read(STATUS_FD, PAGE).decode()
+    return eval(spec["expression"], names)
+
+
+def errno_of(function, *arguments, **keywords):
+    """The errno that a call fails with, 0 if it does not."""
+    try:
+        function(*arguments, **keywords)
+    except OSError as error:
+        return error.errno
+    return 0
+
+
+def attempt_start_child(spec, share, result_fd):
+    """As the supervisor does: start the interpreter anew, to confine itself as another role."""
+    child = spec["child"]
+    read_fd, write_fd = os.pipe()
+    fds = [fd for fd in (child["filter_fd"], write_fd) if fd is not None]
+    ended = subprocess.run([sys.executable, "-m", "tests.security.confined", json.dumps(child), str(write_fd)], pass_fds=fds, check=False)
+    os.close(write_fd)
+    return {"status": ended.returncode, "outcome": os.read(read_fd, 1 << 16).decode()}
+
+
+def attempt_supervise(spec, share, result_fd):
+    """Start a child that is bound to this process, tell its pid, and wait to be killed."""
+    child = spec["child"]
+    with namespaces.spawn_pid_namespace():
+        pidfd = os.pidfd_open(os.getpid())
+        child["supervisor_pidfd"] = pidfd
+        read_fd, write_fd = os.pipe()
+        fds = [fd for fd in (child["filter_fd"], child["hold_fd"], write_fd, pidfd) if fd is not None]
+        started = subprocess.Popen([sys.executable, "-m", "tests.security.confined", json.dumps(child), str(write_fd)], pass_fds=fds)
+    os.close(write_fd)
+    confined = os.read(read_fd, 1 << 16).decode()
+    os.write(result_fd, json.dumps({"value": {"pid": started.pid, "said": confined}}).encode())
+    started.wait()
+    os._exit(0)
+
+
+ATTEMPTS = {name.removeprefix("attempt_"): function for name, function in list(globals().items()) if name.startswith("attempt_")}
+
+if __name__ == "__main__":
+    main()
