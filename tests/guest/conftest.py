@@ -56,12 +56,13 @@ class Serving:
             os.chmod(self.host, 0o755)
             self.daemon: Daemon = stack.enter_context(daemon_under_test()(self.host, options=daemon_options()))
             self.guest: Guest = stack.enter_context(KINDS[kind]([self.daemon.socket]))
+            self.guest.daemon_ended = self.daemon.ended
             self.guest.mount()
             self._stack = stack.pop_all()
         self._settled = -1
 
     def usable(self) -> bool:
-        return self.guest.alive()
+        return self.guest.alive() and self.daemon.ended() is None
 
     def close(self) -> None:
         self._stack.close()

@@ -44,15 +44,14 @@ class _Packet(NamedTuple):
 class WorkerLink:
     """`receive` is the leader's alone; `post` may come from any thread. `still_granted(outcome)` is asked under `share_lock`."""
 
-    def __init__(
-        self, index: int, sock: socket.socket, share_lock: threading.Lock, still_granted: Callable[[int, Outcome], bool]
-    ) -> None:
+    def __init__(self, index: int, sock: socket.socket, share_lock: threading.Lock, still_granted: Callable[[int, Outcome], bool]) -> None:
         self.index = index
         self.closed = False
         self.greeted = False
         self.consumed = 0
         self.unanswered = 0
         self._socket = sock
+        self._buffer = bytearray(wire.MAX_PACKET_BYTES)
         self._share_lock = share_lock
         self._still_granted = still_granted
         self._send_lock = threading.Lock()
@@ -68,7 +67,7 @@ class WorkerLink:
     def receive(self) -> bytes | None:
         """One packet; None if there is none now; b"" at the end. WorkerBreach as the module says."""
         try:
-            data, _ancillary, flags, _address = self._socket.recvmsg(wire.MAX_PACKET_BYTES, 0, socket.MSG_DONTWAIT)
+            length, _ancillary, flags, _address = self._socket.recvmsg_into([self._buffer], 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -79,9 +78,9 @@ class WorkerLink:
             raise WorkerBreach("sent file descriptors")
         if flags & socket.MSG_TRUNC:
             raise WorkerBreach(f"sent a packet over {wire.MAX_PACKET_BYTES} bytes")
-        if data:
+        if length:
             self.consumed += 1
-        return data
+        return bytes(memoryview(self._buffer)[:length])
 
     @property
     def congested(self) -> bool:

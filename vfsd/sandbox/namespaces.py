@@ -25,6 +25,7 @@ _OWN_NAMESPACES = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWNET | syscalls.CLONE_
 _USE_CHROOT = "start vfsd as root with CAP_SYS_ADMIN, or use --sandbox=chroot or --sandbox=none"
 _USE_NONE = "start vfsd as root with CAP_SYS_CHROOT, or use --sandbox=none"
 _NEEDS_5_14 = f"it needs Linux 5.14; {_USE_CHROOT}"
+_READABLE = "name a directory in --shared-dir that vfsd may read"
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _OPEN_PATH = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -36,15 +37,14 @@ _SHARE_ATTRIBUTES = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | sys
 
 @dataclass(frozen=True, slots=True)
 class ShareRoot:
-    """What the broker reaches files by. `root` can be used as a mount fd; `mountinfo` is read by seeking to its start."""
+    """What the broker reaches files by. `root` is a real descriptor, so it can be a mount fd; `proc_self_fd` is an O_PATH one."""
 
     root: OwnedFd
     proc_self_fd: OwnedFd
-    mountinfo: OwnedFd
 
     def close(self) -> None:
-        for fd in (self.root, self.proc_self_fd, self.mountinfo):
-            fd.close()
+        self.root.close()
+        self.proc_self_fd.close()
 
 
 @contextmanager
@@ -81,10 +81,10 @@ def enter_share(sandbox: Sandbox, shared_dir: bytes, readonly: bool) -> ShareRoo
     """
     if sandbox == "namespace":
         return _enter_share_namespace(shared_dir, readonly)
-    with step("open the shared directory", "name a directory in --shared-dir that vfsd may read"):
+    with step("open the shared directory", _READABLE):
         root = OwnedFd(os.open(shared_dir, _OPEN_DIRECTORY))
     with step("open /proc/self", "mount procfs on /proc"):
-        share = ShareRoot(root, OwnedFd(os.open("/proc/self/fd", _OPEN_PATH)), OwnedFd(os.open("/proc/self/mountinfo", _READ)))
+        share = ShareRoot(root, OwnedFd(os.open("/proc/self/fd", _OPEN_PATH)))
     if sandbox == "chroot":
         with step("change the root directory", _USE_NONE):
             os.fchdir(root.fileno())
@@ -92,13 +92,10 @@ def enter_share(sandbox: Sandbox, shared_dir: bytes, readonly: bool) -> ShareRoo
     return share
 
 
-_READ = os.O_RDONLY | os.O_CLOEXEC
-
-
 def _enter_share_namespace(shared_dir: bytes, readonly: bool) -> ShareRoot:
     _unshare()
     attributes = _SHARE_ATTRIBUTES | (syscalls.MOUNT_ATTR_RDONLY if readonly else 0)
-    with step("open the shared directory", "name a directory in --shared-dir that vfsd may read"):
+    with step("open the shared directory", _READABLE):
         path = OwnedFd(os.open(shared_dir, _OPEN_PATH))
     with path, step("copy the mounts of the shared directory", _NEEDS_5_14):
         flags = syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC | syscalls.AT_EMPTY_PATH | syscalls.AT_RECURSIVE
@@ -112,11 +109,9 @@ def _enter_share_namespace(shared_dir: bytes, readonly: bool) -> ShareRoot:
         with proc:
             _pivot_into(tree.fileno())
             with step("open /proc/self", _USE_CHROOT):
-                return ShareRoot(
-                    OwnedFd(os.open("/", _OPEN_DIRECTORY)),
-                    OwnedFd(os.open("self/fd", _OPEN_PATH, dir_fd=proc.fileno())),
-                    OwnedFd(os.open("self/mountinfo", _READ, dir_fd=proc.fileno())),  # after the pivot: it shows our root's mounts
-                )
+                proc_self_fd = OwnedFd(os.open("self/fd", _OPEN_PATH, dir_fd=proc.fileno()))
+        with step("open the shared directory", _READABLE):  # once more, through the mount that is protected
+            return ShareRoot(OwnedFd(os.open("/", _OPEN_DIRECTORY)), proc_self_fd)
 
 
 def _unshare() -> None:

@@ -459,7 +459,7 @@ def join_replies(consumed: int, replies: list[bytes], notices: list[bytes]) -> b
     ))  # fmt: skip
 
 
-def decode_replies(packet: bytes) -> ReplyPacket:
+def decode_replies(packet: bytes | memoryview) -> ReplyPacket:
     """A reply packet, from the broker (trusted): ValueError for what no broker of this version sends."""
     consumed, replies, notices = msgpack.unpackb(packet, raw=False)
     return ReplyPacket(

@@ -37,6 +37,7 @@ class BrokerClient:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd.detach())
         self._on_notice: Callable[[wire.Notice], None]
         self.session = 0
+        self._buffer = bytearray(wire.MAX_PACKET_BYTES)
         self._next_id = 0
         self._asked: dict[int, Asker] = {}
         self._gathered: list[bytes] = []
@@ -111,21 +112,21 @@ class BrokerClient:
             self._sent += 1
 
     def receive(self) -> None:
-        """Take every packet that has come: notices first noted, answers to their askers."""
-        while True:
-            try:
-                data, ancillary, flags, _address = self._socket.recvmsg(
-                    wire.MAX_PACKET_BYTES, _FD_ROOM, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-                )
-            except BlockingIOError:
-                return
-            except ConnectionResetError as error:
-                raise BrokerGone from error
-            if not data:
-                raise BrokerGone
-            if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
-                raise RuntimeError("a packet of the broker was cut: out of descriptors")
-            self._take(wire.decode_replies(data), _received_fds(ancillary))
+        """Take one packet, if one has come: answers go to their askers, notices to the listener."""
+        try:
+            length, ancillary, flags, _address = self._socket.recvmsg_into(
+                [self._buffer], _FD_ROOM, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return
+        except ConnectionResetError as error:
+            raise BrokerGone from error
+        if not length:
+            raise BrokerGone
+        fds = _received_fds(ancillary)
+        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            raise RuntimeError("a packet of the broker was cut: out of descriptors")
+        self._take(wire.decode_replies(memoryview(self._buffer)[:length]), fds)
 
     def _take(self, packet: wire.ReplyPacket, fds: deque[TempFd]) -> None:
         self._consumed = packet.consumed

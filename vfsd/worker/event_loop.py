@@ -27,9 +27,7 @@ _TICK_SECONDS = 0.5
 
 
 class EventLoop:
-    def __init__(
-        self, supervisor: Channel, control: Channel, broker: BrokerClient, fs: FileSystem, pool: IoPool, log: ChildLog
-    ) -> None:
+    def __init__(self, supervisor: Channel, control: Channel, broker: BrokerClient, fs: FileSystem, pool: IoPool, log: ChildLog) -> None:
         self._supervisor = supervisor
         self._broker = broker
         self._fs = fs

@@ -30,6 +30,16 @@ def raises(*errnos: int) -> Iterator[None]:
         raise AssertionError(f"nothing failed, expected {' or '.join(errno.errorcode[number] for number in errnos)}")
 
 
+@contextmanager
+def permits(*errnos: int) -> Iterator[None]:
+    """The block succeeds, or fails with one of these errnos."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in errnos:
+            raise
+
+
 def kernel_dev(st_rdev: int) -> int:
     """A device number as the kernel encodes it in 32 bits (new_encode_dev), which is what FUSE carries."""
     major, minor = os.major(st_rdev), os.minor(st_rdev)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import struct
@@ -41,10 +40,12 @@ class Device:
         ram: tuple[int, ...] = (64 * MIB,),
         features: int = DEFAULT_FEATURES,
     ) -> None:
+        self.closed = False
         self.client = VhostUserClient(path)
         self.ram = GuestRam(ram)
         self.wanted_features = features
-        self.rings = [Ring(self.ram, index, ring_size, event_idx=bool(features & Feature.EVENT_IDX)) for index in range(queues)]
+        event_idx = bool(features & Feature.EVENT_IDX)
+        self.rings = [Ring(self.ram, index, ring_size, event_idx, backend=self.client.sock) for index in range(queues)]
         self.bases = [0] * queues
         self.features = self.offered_features = 0
         self.protocol_features = ProtocolFeature(0)
@@ -57,7 +58,10 @@ class Device:
         return self
 
     def close(self) -> None:
-        """The frontend goes: connection, descriptors and memory."""
+        """The frontend goes: connection, descriptors and memory. Closing twice is harmless."""
+        if self.closed:
+            return
+        self.closed = True
         self.client.close()
         for sock in self._backend_channel:
             sock.close()
@@ -182,9 +186,3 @@ class Device:
         for ring in self.rings:
             ring.reset()
         self.bases = [0] * len(self.rings)
-
-    def drain(self) -> None:
-        """Collect what came while nobody looked."""
-        for ring in self.rings:
-            with contextlib.suppress(BlockingIOError):
-                ring.collect()

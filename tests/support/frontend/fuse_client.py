@@ -91,12 +91,12 @@ class FuseClient(FuseSession):
 
     # Attributes
 
-    def getattr(self, nodeid: int, fh: int | None = None) -> Attributes:
+    def getattr(self, nodeid: int, fh: int | None = None, *, queue: int | None = None) -> Attributes:
         body = abi.fuse_getattr_in.pack(0 if fh is None else abi.FUSE_GETATTR_FH, fh or _NO_FH)
-        return Attributes.decode(self.request(abi.FUSE_GETATTR, nodeid, body, abi.fuse_attr_out.size))
+        return Attributes.decode(self.request(abi.FUSE_GETATTR, nodeid, body, abi.fuse_attr_out.size, queue=queue))
 
-    def attr(self, nodeid: int) -> Attr:
-        return self.getattr(nodeid).attr
+    def attr(self, nodeid: int, *, queue: int | None = None) -> Attr:
+        return self.getattr(nodeid, queue=queue).attr
 
     def setattr(
         self,

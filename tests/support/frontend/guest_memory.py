@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -42,6 +43,7 @@ class GuestRam:
     def __init__(self, sizes: tuple[int, ...] = (64 * MIB,), *, first_gpa: int = 0x1000_0000, gap: int = 0x1000_0000) -> None:
         self.regions: list[Region] = []
         self.prefer: Region | None = None  # allocate here, and nowhere else, while it is set
+        self._lock = threading.Lock()  # each ring may be driven by a thread of its own
         self._free: dict[int, list[int]] = defaultdict(list)  # size class -> gpas given back
         gpa = first_gpa
         for size in sizes:
@@ -74,8 +76,12 @@ class GuestRam:
     def alloc(self, size: int) -> int:
         """The gpa of `size` bytes, aligned to the next power of two up to a page. Contents: whatever was there."""
         bucket = max(_SMALLEST, 1 << (size - 1).bit_length())
-        if self.prefer is None and self._free[bucket]:
-            return self._free[bucket].pop()
+        with self._lock:
+            if self.prefer is None and self._free[bucket]:
+                return self._free[bucket].pop()
+            return self._carve(size, bucket)
+
+    def _carve(self, size: int, bucket: int) -> int:
         align = min(bucket, 4096)
         for region in [self.prefer] if self.prefer else self.regions:
             start = (region.next_free + align - 1) & -align

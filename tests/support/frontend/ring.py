@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import select
+import socket
 import struct
 import threading
 import time
@@ -36,6 +37,10 @@ class RingError(AssertionError):
 
 class RingTimeout(TimeoutError):
     """The device did not complete a request in time."""
+
+
+class DeviceGone(ConnectionError):
+    """The backend closed the vhost-user connection while a request was in flight."""
 
 
 # Layouts: how one request is spread over descriptors
@@ -128,6 +133,7 @@ class Ring:
     size: int = 128
     event_idx: bool = True
     check_guards: bool = True
+    backend: socket.socket | None = None  # watched while waiting: a backend that is gone completes nothing
     kick_fd: int = field(init=False)
     call_fd: int = field(init=False)
     err_fd: int = field(init=False)
@@ -290,9 +296,17 @@ class Ring:
             if collected := self.collect():
                 return collected
             remaining = deadline - time.monotonic()
-            if remaining <= 0 or not select.select([self.call_fd], [], [], remaining)[0]:
+            if remaining <= 0 or not self._sleep(remaining):
                 return self._late_without_call()
             self.drain_calls()
+
+    def _sleep(self, timeout: float) -> bool:
+        """Until a call comes, or the backend goes (DeviceGone); False at the timeout."""
+        watched = [self.call_fd] if self.backend is None else [self.call_fd, self.backend.fileno()]
+        ready = select.select(watched, [], [], timeout)[0]
+        if self.backend is not None and self.call_fd not in ready and self.backend.fileno() in ready and _is_at_end(self.backend):
+            raise DeviceGone(f"queue {self.index}: the backend closed the connection")
+        return bool(ready)
 
     def _late_without_call(self) -> list[Submission]:
         """At a timeout: a completion that nobody announced is a lost interrupt, for which a guest would wait for ever."""
@@ -341,6 +355,15 @@ class Ring:
             self.write_descriptor(position, descriptor)
         self.publish([head])
         self.force_kick()
+
+
+def _is_at_end(sock: socket.socket) -> bool:
+    try:
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except ConnectionResetError:
+        return True
+    except BlockingIOError:
+        return False
 
 
 def _fence() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.frontend.checks import eventually, eventually_stable
+from tests.support.frontend.checks import NOT_FOUND, eventually, eventually_stable
 from tests.support.frontend.daemon import Daemon, Options
 from tests.support.frontend.device import Device
 from tests.support.frontend.fuse_client import ROOT, FuseClient
@@ -124,10 +124,11 @@ class Pool:
 def _warm_up(served: Served) -> None:
     """Make what is made once per process (a mount fd, a thread) before descriptors are counted."""
     client = served.client
-    entry = client.write_file(ROOT, b"warm-up", b"x")
-    client.read_file(entry.nodeid)
+    warm_up = served.share / "warm-up"
+    warm_up.write_bytes(b"x")
+    client.read_file(client.lookup(ROOT, b"warm-up").nodeid)
     client.list(ROOT, plus=True)
-    client.unlink(ROOT, b"warm-up")
+    warm_up.unlink()
     served.new_session()
     served.baseline = eventually_stable(served.daemon.fd_census)
 
@@ -168,6 +169,14 @@ class Fs:
 
     def lookup(self, name: bytes) -> int:
         return self.client.lookup(self.dir, name).nodeid
+
+    def is_dead(self, nodeid: int) -> bool:
+        """Whether the daemon knows this nodeid no longer."""
+        try:
+            self.client.getattr(nodeid)
+        except OSError as error:
+            return error.errno in NOT_FOUND
+        return False
 
 
 @contextmanager

@@ -115,7 +115,8 @@ class VhostUserClient:
     def raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         sent = self.sock.sendmsg([data], ancillary)
-        self.sock.sendall(data[sent:])
+        if sent < len(data):  # a send of no bytes would fail if the backend has closed meanwhile
+            self.sock.sendall(data[sent:])
 
     def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), *, flags: int = VERSION) -> None:
         self.raw(HEADER.pack(request, flags, len(payload)) + payload, fds)

@@ -34,6 +34,7 @@ class Daemon(ABC):
     """A running daemon as a context manager. `socket` is where a frontend connects."""
 
     name: str
+    request_queues = 1  # how many it can serve
 
     def __init__(
         self, share: str, *, options: Sequence[str] = (), tag: str = "myfs", prefix: Sequence[str] = (), socket_folder: str | None = None
@@ -89,6 +90,12 @@ class Daemon(ABC):
         """Descriptors of the process that keeps the guest's inodes."""
         return len(os.listdir(f"/proc/{self.inode_holder()}/fd"))
 
+    def ended(self) -> str | None:
+        """Why nobody answers the guest any more, if the daemon has ended."""
+        if self._process is not None and self._process.poll() is None:
+            return None
+        return f"the daemon ended, its log:\n{self.log()[-4000:]}"
+
     def wait(self, timeout: float = 10.0) -> int:
         """The exit code, once the daemon ended by itself (as it does when the frontend goes)."""
         if self._process is None:
@@ -128,6 +135,7 @@ class Daemon(ABC):
 
 class VfsdDaemon(Daemon):
     name = "vfsd"
+    request_queues = 4
 
     def argv(self) -> list[str]:
         return [sys.executable, "-m", "vfsd", "--shared-dir", self.share, "--socket-path", self.socket, "--tag", self.tag, *self.options]

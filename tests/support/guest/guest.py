@@ -31,7 +31,7 @@ from tests.support.guest.link import Link, LinkClosedError
 
 BOOT_TIMEOUT_SECONDS = 120.0
 CALL_TIMEOUT_SECONDS = 120.0
-DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")  # a test run that is killed leaves no guest behind
+DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")  # util-linux; a test run that is killed leaves no guest behind
 
 
 class GuestError(Exception):
@@ -82,6 +82,7 @@ class Guest(ABC):
         self.memory_mib = memory_mib
         self.prefix = list(prefix)
         self.uname: list[str] = []
+        self.daemon_ended: Callable[[], str | None] | None = None  # a guest whose daemon is gone waits for ever: ask while waiting
         self._process: subprocess.Popen[bytes] | None = None
         self._ids = itertools.count(1)
         self._loaded: set[str] = set()
@@ -91,6 +92,9 @@ class Guest(ABC):
     @abstractmethod
     def argv(self, console: Line, agent: Line) -> list[str]:
         """The command that boots this kind of guest with the descriptors as its serial lines."""
+
+    def confinement(self) -> Sequence[str]:
+        return ()
 
     def environment(self) -> dict[str, str]:
         return dict(os.environ)
@@ -103,7 +107,7 @@ class Guest(ABC):
             console = Line(console_end.fileno(), console_out.fileno())
             agent = Line(agent_end.fileno(), agent_out.fileno())
             self._process = subprocess.Popen(
-                [*DIES_WITH_US, *self.prefix, *self.argv(console, agent)],
+                [*DIES_WITH_US, *self.confinement(), *self.prefix, *self.argv(console, agent)],
                 stdin=subprocess.DEVNULL,
                 stdout=console_end,
                 stderr=console_end,
@@ -217,7 +221,7 @@ class Guest(ABC):
         if self._process is None:
             return
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # not waited for yet, so the number is still ours; UML has helper processes
+            os.killpg(self._process.pid, signal.SIGKILL)  # not waited for yet, so the number is still ours
         self._process.wait()
         self._process = None
         self._console.shutdown(socket.SHUT_RDWR)
@@ -235,12 +239,21 @@ class Guest(ABC):
         return number
 
     def _answer(self, number: int, timeout: float) -> Any:
-        message = self._exchange(lambda: self._link.receive(timeout))
+        message = self._exchange(lambda: self._wait_and_receive(timeout))
         if message["id"] != number:
             raise GuestError(f"the guest answered request {message['id']} instead of {number}")
         if "error" in message:
             raise GuestRaisedError(message["error"], message["errno"])
         return message["result"]
+
+    def _wait_and_receive(self, timeout: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout
+        while not select.select([self._agent], [], [], 0.5)[0]:
+            if self.daemon_ended is not None and (reason := self.daemon_ended()):
+                raise ConnectionAbortedError(reason)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+        return self._link.receive(timeout)
 
     def _exchange(self, action: Callable[[], Any]) -> Any:
         """After a failure the two ends no longer agree whose turn it is: the guest is of no more use, and is ended."""
@@ -249,7 +262,7 @@ class Guest(ABC):
         try:
             return action()
         except (OSError, LinkClosedError) as error:
-            reason = "does not answer" if isinstance(error, TimeoutError) else f"ended ({error})"
+            reason = "does not answer" if isinstance(error, TimeoutError) else f"is of no more use: {error}"
             tail = self._tail()
             self.close()
             raise GuestError(f"the guest {reason}{tail}") from error
@@ -293,6 +306,10 @@ class UmlGuest(Guest):
             "panic=-1",
             "noreboot",
         ]
+
+    def confinement(self) -> Sequence[str]:
+        """UML has helper processes that outlive it when it is killed: a pid namespace of its own takes them along."""
+        return ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
 
     def environment(self) -> dict[str, str]:
         """Guest memory is a file of its own in TMPDIR: on tmpfs where that has room, or else the host writes it back to disk."""

@@ -1,0 +1,56 @@
+"""Documents that are made from the source are what the source would make of them now."""
+
+import importlib.machinery
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vfsd.wire import broker_messages, channel
+
+TREE = Path(__file__).parents[2]
+TOOL = TREE / "tools" / "protocol_doc"
+
+
+@pytest.fixture(scope="module")
+def protocol_doc():
+    loader = importlib.machinery.SourceFileLoader("protocol_doc", str(TOOL))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+    try:
+        loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
+    return module
+
+
+def test_the_protocol_document_is_up_to_date(protocol_doc):
+    assert protocol_doc.check(TREE / "docs" / "protocol.md") == ""
+
+
+def test_a_changed_or_missing_document_is_noticed(protocol_doc, tmp_path):
+    document = tmp_path / "protocol.md"
+    assert "missing" in protocol_doc.check(document)
+    document.write_text(protocol_doc.render().replace("| 10 | Lookup |", "| 11 | Lookup |"))
+    assert "not what the tables say" in protocol_doc.check(document)
+
+
+def test_every_message_and_notice_has_a_row(protocol_doc):
+    text = protocol_doc.render()
+    rows = [(spec.tag, spec.message) for spec in broker_messages.REQUESTS] + list(broker_messages.NOTICES.items())
+    for table in (channel.SUPERVISOR_TO_CHILD, channel.CONTROL_TO_SUPERVISOR, channel.BROKER_TO_SUPERVISOR):
+        rows += [(tag, row.message) for tag, row in table.items()]
+    for table in (channel.CONTROL_TO_WORKER, channel.WORKER_TO_CONTROL):
+        rows += [(tag, row.message) for tag, row in table.items()]
+    missing = [message.__name__ for tag, message in rows if f"| {tag} | {message.__name__} |" not in text]
+    assert missing == []
+
+
+def test_the_tool_is_run_by_its_name_and_checks():
+    assert os.access(TOOL, os.X_OK)
+    done = subprocess.run([sys.executable, str(TOOL), "--check"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,156 @@
+"""The inode store against a model that is plain dictionaries: any order of lookups, forgets, pins and sessions."""
+
+import errno
+import stat
+import threading
+from contextlib import ExitStack
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from vfsd.broker.inode_store import ROOT_NODEID, Identity, InodeStore
+from vfsd.errors import ReplyErrno
+
+MOST = 6
+FILES = st.integers(1, 8)
+
+
+class Inode:
+    def __init__(self, number, by_fd, fd):
+        self.number = number
+        self.by_fd = by_fd
+        self.fd = fd
+        self.lookups = 1
+        self.pins = 0
+
+
+class Comparison(RuleBasedStateMachine):
+    pins = Bundle("pins")
+
+    def __init__(self):
+        super().__init__()
+        self.released = []
+        self.store = InodeStore(threading.Lock(), self.released.extend, max_inodes=MOST)
+        self.store.insert_root(Identity(b"root", b"root", 1, 1, stat.S_IFDIR), fd=1000, held_mount=True)
+        self.model = {}  # every nodeid ever given → Inode, freed ones as None
+        self.session = 0
+        self.next_fd = 2000
+
+    def alive(self, nodeid):
+        inode = self.model.get(nodeid)
+        return inode is not None and inode.lookups > 0
+
+    def found(self, number, has_handle):
+        for nodeid, inode in self.model.items():
+            if inode is not None and inode.lookups and inode.number == number and (inode.by_fd or has_handle):
+                return nodeid
+        return None
+
+    def identity(self, number, has_handle):
+        handle = b"handle%d" % number if has_handle else None
+        return Identity(handle, b"ids%d" % number, 7, 99, stat.S_IFREG)
+
+    def expect(self, number, call, *arguments):
+        try:
+            call(*arguments)
+        except ReplyErrno as error:
+            assert error.errno == number
+        else:
+            raise AssertionError("it should have failed")
+
+    def forgotten(self, nodeid, count):
+        inode = self.model[nodeid]
+        inode.lookups -= min(count, inode.lookups)
+        self.settle(nodeid)
+
+    def settle(self, nodeid):
+        inode = self.model[nodeid]
+        if not inode.lookups and not inode.pins:
+            expected = (nodeid, inode.fd, 7, not inode.by_fd)
+            assert expected in self.released
+            self.released.remove(expected)
+            self.model[nodeid] = None
+
+    @rule(number=FILES, has_handle=st.booleans())
+    def look_up(self, number, has_handle):
+        nodeid = self.store.count_lookup(self.identity(number, has_handle), self.session)
+        assert nodeid == self.found(number, has_handle)
+        if nodeid is not None:
+            self.model[nodeid].lookups += 1
+
+    @rule(number=FILES, has_handle=st.booleans())
+    def insert(self, number, has_handle):
+        self.next_fd += 1
+        fd = -1 if has_handle else self.next_fd
+        expected = self.found(number, has_handle)
+        full = 1 + sum(inode is not None for inode in self.model.values()) >= MOST
+        arguments = self.identity(number, has_handle), self.session
+        if expected is None and full:
+            self.expect(errno.ENFILE, lambda: self.store.insert(*arguments, fd=fd, held_mount=has_handle))
+            return
+        nodeid, inserted = self.store.insert(*arguments, fd=fd, held_mount=has_handle)
+        assert inserted == (expected is None)
+        if inserted:
+            assert nodeid not in self.model, "a nodeid was used again"
+            self.model[nodeid] = Inode(number, not has_handle, fd)
+        else:
+            assert nodeid == expected
+            self.model[nodeid].lookups += 1
+
+    @rule(data=st.data(), counts=st.lists(st.integers(0, 4), min_size=1, max_size=3))
+    def forget(self, data, counts):
+        nodeids = st.sampled_from([ROOT_NODEID, 0, 77, 2**64 - 1, *self.model])
+        pairs = [(data.draw(nodeids), count) for count in counts]
+        self.store.forget([number for pair in pairs for number in pair], self.session)
+        for nodeid, count in pairs:
+            if self.alive(nodeid):
+                self.forgotten(nodeid, count)
+
+    @rule(data=st.data())
+    def forget_in_another_session(self, data):
+        self.store.forget([data.draw(st.sampled_from([ROOT_NODEID, *self.model])), 1], self.session + 1)
+
+    @rule(target=pins, data=st.data())
+    def pin(self, data):
+        nodeid = data.draw(st.sampled_from([ROOT_NODEID, *self.model]))
+        stack = ExitStack()
+        if nodeid == ROOT_NODEID:
+            stack.enter_context(self.store.pin(nodeid, self.session))
+        elif self.alive(nodeid):
+            pin = stack.enter_context(self.store.pin(nodeid, self.session))
+            assert (pin.nodeid, pin.fd) == (nodeid, self.model[nodeid].fd)
+            self.model[nodeid].pins += 1
+        else:
+            self.expect(errno.EBADF, self.store.pin, nodeid, self.session)
+            nodeid = None
+        return nodeid, stack
+
+    @rule(pinned=consumes(pins))
+    def unpin(self, pinned):
+        nodeid, stack = pinned
+        stack.close()
+        if nodeid in self.model:
+            self.model[nodeid].pins -= 1
+            self.settle(nodeid)
+
+    @rule()
+    def begin_session(self):
+        self.expect(errno.ESTALE, self.store.pin, ROOT_NODEID, self.session + 1)
+        self.session += 1
+        self.store.begin_session(self.session)
+        for nodeid in self.model:
+            if self.alive(nodeid):
+                self.forgotten(nodeid, self.model[nodeid].lookups)
+
+    @invariant()
+    def the_same_are_alive(self):
+        assert self.released == [], "something was freed that should not have been"
+        assert len(self.store) == 1 + sum(inode is not None for inode in self.model.values())
+        for nodeid in self.model:
+            assert self.store.alive(nodeid) == self.alive(nodeid)
+        assert self.store.alive(ROOT_NODEID)
+
+
+Comparison.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestInodeStoreAgainstAModel = Comparison.TestCase

@@ -1,0 +1,331 @@
+"""Leader and followers with real threads; the watchdog's clock is the test's own, so nothing here waits for time."""
+
+import queue
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+
+import pytest
+
+from vfsd.broker.pool import STUCK_SECONDS, Pool
+
+PATIENCE = 20.0  # seconds until a test that hangs fails
+LATER = 1e12  # a watchdog's "now" at which every running task is late
+
+
+def until(condition):
+    """For the moment between a delivery and what the thread does next, of which it tells nobody."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+class Task:
+    """Runs until `finish` is set; a free one at once."""
+
+    def __init__(self, name, mount=0, *, stuck=False):
+        self.name = name
+        self.mount = mount
+        self.started = threading.Event()
+        self.finish = threading.Event()
+        self.delivered = threading.Event()
+        self.late = None
+        self.thread = None
+        if not stuck:
+            self.finish.set()
+
+    def __repr__(self):
+        return self.name
+
+    def wait_started(self):
+        assert self.started.wait(PATIENCE), f"{self} was never run"
+
+    def wait_delivered(self):
+        assert self.delivered.wait(PATIENCE), f"{self} was never delivered"
+
+
+class Turns:
+    """pool.Work: packets come from the test."""
+
+    def __init__(self):
+        self.packets = queue.SimpleQueue()
+        self.finished = queue.SimpleQueue()
+        self.order = []
+        self.leaders = []
+
+    def next_turn(self):
+        packet = self.packets.get()
+        if packet is None:
+            raise SystemExit
+        self.leaders.append(threading.current_thread().name)
+        return packet
+
+    def mount_of(self, task):
+        return task.mount
+
+    def run(self, task):
+        task.thread = threading.current_thread().name
+        task.started.set()
+        assert task.finish.wait(PATIENCE)
+
+        def deliver(late):
+            task.late = late
+            self.order.append(task.name)
+            task.delivered.set()
+
+        return deliver
+
+    def finish_turn(self):
+        self.finished.put(True)
+
+
+class EndingPool(Pool):
+    """The daemon's threads never end; a test's do."""
+
+    def _live(self, member, prepare_thread, ready):
+        with suppress(SystemExit):
+            super()._live(member, prepare_thread, ready)
+
+
+class Bench:
+    def __init__(self, threads):
+        self.work = Turns()
+        self.woken = queue.SimpleQueue()
+        self.pool = EndingPool(self.work, threads, lambda: self.woken.put(True))
+        self.prepared = []
+        before = set(threading.enumerate())
+        self.pool.start(lambda: self.prepared.append(threading.current_thread().name))
+        self.threads = set(threading.enumerate()) - before
+        self.tasks = []
+
+    def release(self):
+        self.pool.release()
+        assert self.work.finished.get(timeout=PATIENCE)  # the leader's empty first turn
+
+    def send(self, *tasks):
+        self.tasks += tasks
+        self.work.packets.put(deque(tasks))
+
+    def wait_turn(self):
+        """Until a packet is in no more hands but those of late threads."""
+        assert self.work.finished.get(timeout=PATIENCE)
+
+    def promote(self):
+        assert self.pool.promote_if_stuck(LATER)
+
+    def close(self):
+        for task in self.tasks:
+            task.finish.set()
+        self.pool.release()
+        for _ in self.threads:
+            self.work.packets.put(None)
+        for member in self.pool._members:
+            member.wake.release()
+        for thread in self.threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def make_bench():
+    made = []
+
+    def make_bench(threads=4, *, release=True):
+        made.append(Bench(threads))
+        if release:
+            made[-1].release()
+        return made[-1]
+
+    yield make_bench
+    for bench in made:
+        bench.close()
+
+
+@pytest.fixture
+def bench(make_bench):
+    return make_bench()
+
+
+def test_every_thread_is_prepared_before_start_returns_and_serves_after_release(make_bench):
+    bench = make_bench(6, release=False)
+    assert sorted(bench.prepared) == [f"pool{index}" for index in range(6)]
+    task = Task("early")
+    bench.send(task)
+    assert not task.started.is_set()
+    bench.release()
+    task.wait_delivered()
+
+
+def test_one_thread_serves_while_nothing_is_stuck(bench):
+    tasks = [Task(str(number), mount=number % 3) for number in range(30)]
+    for start in range(0, 30, 10):
+        bench.send(*tasks[start : start + 10])
+        bench.wait_turn()
+    assert {task.thread for task in tasks} == {"pool0"}
+    assert {task.late for task in tasks} == {False}
+    assert bench.work.order == [str(number) for number in range(30)]
+
+
+def test_a_stuck_leader_is_replaced_and_its_answer_comes_late(bench):
+    stuck, rest, next_packet = Task("stuck", 1, stuck=True), Task("rest", 1), Task("next", 1)
+    bench.send(stuck, rest)
+    stuck.wait_started()
+    assert not rest.started.is_set()
+    bench.promote()
+    rest.wait_delivered()
+    bench.wait_turn()
+    bench.send(next_packet)
+    next_packet.wait_delivered()
+    assert (rest.late, next_packet.late) == (False, False)
+    assert not stuck.delivered.is_set()
+    assert "pool0" not in {rest.thread, next_packet.thread}
+    stuck.finish.set()
+    stuck.wait_delivered()
+    assert stuck.late is True
+
+
+def test_only_a_task_that_runs_for_too_long_is_stuck(bench):
+    assert bench.pool.promote_if_stuck(LATER) is False, "nothing runs"
+    stuck, rest = Task("stuck", stuck=True), Task("rest")
+    bench.send(stuck, rest)
+    stuck.wait_started()
+    since = bench.pool._leader.busy_since
+    assert bench.pool.promote_if_stuck(since + STUCK_SECONDS * 0.99) is True
+    assert bench.pool._leader.name == "pool0"
+    assert not rest.started.is_set()
+    assert bench.pool.promote_if_stuck(since + STUCK_SECONDS) is True
+    rest.wait_delivered()
+    assert STUCK_SECONDS <= 0.01
+
+
+def test_a_late_thread_leads_again_when_its_turn_comes(make_bench):
+    bench = make_bench(2)
+    leaders = []
+    for number in range(5):
+        stuck, after = Task(f"stuck{number}", 1, stuck=True), Task(f"after{number}", 2)
+        bench.send(stuck, after)
+        stuck.wait_started()
+        leaders.append(stuck.thread)
+        bench.promote()
+        after.wait_delivered()
+        bench.wait_turn()
+        stuck.finish.set()
+        stuck.wait_delivered()
+        until(lambda: bench.pool._followers)  # the late thread parks just after it has delivered
+    assert leaders == ["pool0", "pool1", "pool0", "pool1", "pool0"]
+
+
+def test_a_dead_mount_takes_at_most_half_of_the_threads(make_bench):
+    bench = make_bench(8)
+    dead = [Task(f"dead{number}", 1, stuck=True) for number in range(4)]
+    waiting = [Task(f"waiting{number}", 1) for number in range(5)]
+    elsewhere = [Task(f"elsewhere{number}", 2) for number in range(5)]
+    for task in dead:
+        bench.send(task)
+        task.wait_started()
+        bench.promote()
+        bench.wait_turn()
+    for task, other in zip(waiting, elsewhere, strict=True):
+        bench.send(task, other)
+        other.wait_delivered()
+        bench.wait_turn()
+    assert not any(task.started.is_set() for task in waiting)
+    assert len(bench.pool._followers) == 3
+    assert {task.late for task in elsewhere} == {False}
+    dead[2].finish.set()
+    for task in [dead[2], *waiting]:
+        task.wait_delivered()
+        assert task.late is True
+        assert task.thread == dead[2].thread
+    assert bench.work.order[-5:] == [task.name for task in waiting], "in the order they came"
+    for task in dead:
+        task.finish.set()
+        task.wait_delivered()
+    alive = Task("alive again", 1)
+    until(lambda: not bench.pool._late)
+    bench.send(alive)
+    alive.wait_delivered()
+    assert alive.late is False
+
+
+def test_two_dead_mounts_have_a_half_each_and_then_everything_waits(make_bench):
+    bench = make_bench(4)
+    for name, mount in (("a", 1), ("b", 1), ("c", 2), ("d", 2)):
+        task = Task(name, mount, stuck=True)
+        bench.send(task)
+        task.wait_started()
+        bench.promote()
+    assert len(bench.pool._followers) == 0
+    assert bench.pool._leader.name == task.thread, "the last thread cannot be replaced"
+    last = Task("last", 3)
+    bench.send(last)
+    task.finish.set()
+    last.wait_delivered()
+
+
+def test_tasks_of_no_mount_are_never_kept_waiting(make_bench):
+    bench = make_bench(8)
+    for number in range(6):
+        stuck = Task(f"stuck{number}", 0, stuck=True)
+        bench.send(stuck)
+        stuck.wait_started()
+        bench.promote()
+        bench.wait_turn()
+    free = Task("free", 0)
+    bench.send(free)
+    free.wait_delivered()
+
+
+def test_a_sleeping_watchdog_is_woken_by_the_next_task_once(bench):
+    assert bench.pool.let_watchdog_sleep() is True
+    bench.send(Task("one"), Task("two"))
+    bench.wait_turn()
+    assert bench.woken.get(timeout=PATIENCE)
+    assert bench.woken.empty()
+    bench.send(Task("three"))
+    bench.wait_turn()
+    assert bench.woken.empty(), "it is awake"
+
+
+def test_the_watchdog_does_not_sleep_while_a_task_runs(bench):
+    stuck = Task("stuck", stuck=True)
+    bench.send(stuck)
+    stuck.wait_started()
+    assert bench.pool.let_watchdog_sleep() is False
+    stuck.finish.set()
+    bench.wait_turn()
+    assert bench.pool.let_watchdog_sleep() is True
+
+
+def test_no_task_runs_unseen_by_a_watchdog_that_goes_to_sleep(bench):
+    """However the two race: either the watchdog stays awake, or the task wakes it."""
+    for number in range(300):
+        task = Task(str(number), stuck=True)
+        bench.send(task)
+        slept = bench.pool.let_watchdog_sleep()
+        task.wait_started()
+        if slept:
+            assert bench.woken.get(timeout=PATIENCE)
+        assert bench.pool.promote_if_stuck(0.0) is True
+        task.finish.set()
+        bench.wait_turn()
+        assert bench.woken.empty()
+
+
+def test_many_stuck_tasks_and_promotions_lose_nothing(make_bench):
+    bench = make_bench(4)
+    tasks = [Task(str(number), mount=number % 3, stuck=number % 4 == 0) for number in range(200)]
+    for start in range(0, 200, 10):
+        bench.send(*tasks[start : start + 10])
+
+    def all_delivered():
+        bench.pool.promote_if_stuck(LATER)
+        for task in tasks:
+            if task.started.is_set():
+                task.finish.set()
+        return all(task.delivered.is_set() for task in tasks)
+
+    until(all_delivered)
+    assert sorted(bench.work.order, key=int) == [task.name for task in tasks], "each exactly once"
