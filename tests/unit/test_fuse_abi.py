@@ -99,7 +99,7 @@ def field_offsets(layout):
     count = len(layout.unpack(bytes(layout.size)))
     for position in range(count):
         values = [0] * count
-        values[position] = -1 if fuse_abi.fuse_out_header is layout and position == 1 else 1
+        values[position] = 1
         yield next(offset for offset, byte in enumerate(layout.pack(*values)) if byte)
 
 

@@ -17,6 +17,7 @@ from vfsd.log import ChildLog
 from vfsd.role import run_role
 from vfsd.sandbox import capabilities, syscalls
 from vfsd.sandbox.lockdown import lock_down
+from vfsd.sandbox.memory import share_one_heap
 from vfsd.sandbox.namespaces import enter_share
 from vfsd.wire.channel import Breach, Ready, bounded
 
@@ -32,6 +33,7 @@ def main() -> None:
 
 def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
     root = enter_share(config.sandbox, config.shared_dir, config.readonly)
+    share_one_heap()
     os.umask(0)
     credentials = _credentials(config, log)
     server = Server(log, lambda worker, text: _report(channel, worker, text))

@@ -34,10 +34,23 @@ def settle_allocator() -> None:
         (_M_TRIM_THRESHOLD, _NEVER),  # what was freed is not given back
     )
     for parameter, value in settings:
-        if _libc.mallopt(parameter, value) != 1:
-            raise OSError(f"mallopt({parameter}, {value}) was refused by the C library")
+        _mallopt(parameter, value)
     # One block of that size makes the heap grow; given back, it is room for everything to come.
     _libc.free(_libc.malloc(HEAP_BYTES))
     gc.collect()
     gc.freeze()
     gc.disable()
+
+
+def share_one_heap() -> None:
+    """For the broker, whose heap may grow: let all threads use the one that brk moves. Call it before threads start.
+
+    glibc gives threads heaps of their own, and before it shrinks one of those it reads /proc/sys/vm/overcommit_memory: a
+    file that is not in the share, by a call that the filter does not allow.
+    """
+    _mallopt(_M_ARENA_MAX, 1)
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    if _libc.mallopt(parameter, value) != 1:
+        raise OSError(f"mallopt({parameter}, {value}) was refused by the C library")

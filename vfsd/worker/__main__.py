@@ -16,7 +16,7 @@ from vfsd.sandbox.memory import settle_allocator
 from vfsd.sandbox.namespaces import enter_empty_root
 from vfsd.wire import broker_messages as wire
 from vfsd.wire.channel import CONTROL_TO_WORKER, Ready
-from vfsd.worker.broker_client import BrokerClient
+from vfsd.worker.broker_client import BrokerClient, BrokerGone
 from vfsd.worker.cache_policy import CACHE_POLICIES
 from vfsd.worker.event_loop import EventLoop
 from vfsd.worker.file_system import FileSystem
@@ -56,7 +56,10 @@ def _serve(config: WorkerConfig, channel: Channel, log: ChildLog) -> None:
     broker.ask(wire.Hello(wire.PROTOCOL_VERSION), _Greeting(fs))
     broker.flush()
     channel.send(Ready())
-    loop.run()
+    try:
+        loop.run()
+    except BrokerGone:
+        log.debug("the broker is gone")  # the supervisor knows why, and ends us all
 
 
 if __name__ == "__main__":
