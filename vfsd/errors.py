@@ -41,3 +41,14 @@ class ChildBreach(Breach):
 
 class ConfigError(Exception):
     """The user asked for something vfsd cannot do; the text names the option or step, the reason, and what to do."""
+
+
+def drop_traceback(error: BaseException | None) -> None:
+    """Let go of the frames an error passed through, and of those of the errors it came from.
+
+    A frame that still holds the error as a local variable makes a cycle with it. The collector is off in the daemon's
+    processes, so such a cycle is never freed, and with it whatever those frames held: requests, views of guest memory.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__

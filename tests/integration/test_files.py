@@ -156,7 +156,7 @@ def test_an_append_goes_to_the_end_though_the_host_has_written_meanwhile(fs):
     fh = fs.client.open(nodeid, os.O_WRONLY | os.O_APPEND).fh
     with open(fs.path("file"), "ab") as file:
         file.write(b"host")
-    fs.client.write(nodeid, fh, 5, b"guest", flags=os.O_APPEND)
+    fs.client.write(nodeid, fh, 5, b"guest", open_flags=os.O_APPEND)
     assert fs.get("file") == b"guesthostguest"
     fs.client.release(nodeid, fh)
 

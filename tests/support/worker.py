@@ -30,7 +30,9 @@ from vfsd.worker.virtqueue import Chain
 PATIENCE_MS = 20_000
 
 
-def pack_request(opcode: int, body: bytes = b"", *, nodeid: int = 1, unique: int = 7, uid: int = 0, gid: int = 0, length: int = -1) -> bytes:
+def pack_request(
+    opcode: int, body: bytes = b"", *, nodeid: int = 1, unique: int = 7, uid: int = 0, gid: int = 0, length: int = -1
+) -> bytes:
     """A FUSE request; `length` is what its header claims (-1: the truth)."""
     claimed = abi.fuse_in_header.size + len(body) if length < 0 else length
     return abi.fuse_in_header.pack(claimed, opcode, unique, nodeid, uid, gid, 1, 0) + body
@@ -148,12 +150,11 @@ class Worker:
 
     def turn(self) -> None:
         """One turn of the event loop; the broker has answered when it ends."""
-        self.broker.flush()
-        self.bench.pump()
-        self.broker.receive()
-        self.broker.flush()
-        self.bench.pump()
-        self.broker.receive()
+        for _ in range(2):  # an answer may lead to the next question
+            self.broker.flush()
+            self.bench.pump()
+            while select.select([self.broker.fileno()], [], [], 0)[0]:
+                self.broker.receive()
 
     def submit(self, request: bytes, room: int = 4096, rng: random.Random | None = None) -> int:
         """Hand a request to the dispatcher; its head."""

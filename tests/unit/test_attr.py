@@ -13,7 +13,7 @@ from vfsd.worker.ops_inodes import encode_stat
 
 
 def test_the_record_is_the_kernels():
-    assert attr.ATTR_BYTES == fuse_abi.fuse_attr.size
+    assert fuse_abi.fuse_attr.size == attr.ATTR_BYTES
     values = tuple(range(1, 17))
     assert fuse_abi.fuse_attr.unpack(attr.ATTR.pack(*values)) == values
     assert attr.ATTR_SUBMOUNT == fuse_abi.FUSE_ATTR_SUBMOUNT

@@ -49,7 +49,7 @@ class Broker:
         packet = wire.join_replies(self.consumed, list(map(wire.encode_reply, replies)), list(map(wire.encode_notice, notices)))
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self.socket.sendmsg([packet], rights)
-        self.client.receive()
+        self.client.receive()  # one packet, since the event loop comes again while there are more
 
     def close(self):
         self.client._socket.close()
@@ -116,7 +116,7 @@ def test_notices_are_heard_after_the_answers_of_their_packet(broker):
         def answered(self, *_answer):
             order.append("answer")
 
-    broker.client.listen(lambda notice: order.append(notice))
+    broker.client.listen(order.append)
     broker.client.ask(LOOKUP, Ordered())
     broker.client.flush()
     broker.packets()

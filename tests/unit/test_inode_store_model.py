@@ -5,6 +5,7 @@ import stat
 import threading
 from contextlib import ExitStack
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
@@ -52,12 +53,9 @@ class Comparison(RuleBasedStateMachine):
         return Identity(handle, b"ids%d" % number, 7, 99, stat.S_IFREG)
 
     def expect(self, number, call, *arguments):
-        try:
+        with pytest.raises(ReplyErrno) as caught:
             call(*arguments)
-        except ReplyErrno as error:
-            assert error.errno == number
-        else:
-            raise AssertionError("it should have failed")
+        assert caught.value.errno == number
 
     def forgotten(self, nodeid, count):
         inode = self.model[nodeid]

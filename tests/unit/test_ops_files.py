@@ -222,7 +222,11 @@ def test_a_range_is_copied_from_file_to_file(worker, file, tmp_path, prepare):
     body = abi.fuse_copy_file_range_in.pack(fh, 10, target, target_fh, 5, 50_000, 0)
     assert worker.ok(abi.FUSE_COPY_FILE_RANGE, body, nodeid=nodeid) == abi.fuse_write_out.pack(50_000)
     assert (tmp_path / "copy").read_bytes() == b"01234" + CONTENT[10:50_010]
-    for changes in ((fh, 2**63, target, target_fh, 0, 1, 0), (fh, 0, target, target_fh, 2**64 - 1, 1, 0), (fh, 0, target, target_fh, 0, 1, 1)):
+    for changes in (
+        (fh, 2**63, target, target_fh, 0, 1, 0),
+        (fh, 0, target, target_fh, 2**64 - 1, 1, 0),
+        (fh, 0, target, target_fh, 0, 1, 1),
+    ):
         assert worker.call(abi.FUSE_COPY_FILE_RANGE, abi.fuse_copy_file_range_in.pack(*changes), nodeid=nodeid).errno == errno.EINVAL
     wrong = abi.fuse_copy_file_range_in.pack(fh, 0, nodeid, target_fh, 0, 1, 0)
     assert worker.call(abi.FUSE_COPY_FILE_RANGE, wrong, nodeid=nodeid).errno == errno.EBADF

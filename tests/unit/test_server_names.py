@@ -52,7 +52,24 @@ def changed(nodeid, valid, **fields):
 
 
 def attributes(record):
-    names = "ino size blocks atime mtime ctime atime_nsec mtime_nsec ctime_nsec mode nlink uid gid rdev blksize flags".split()
+    names = [
+        "ino",
+        "size",
+        "blocks",
+        "atime",
+        "mtime",
+        "ctime",
+        "atime_nsec",
+        "mtime_nsec",
+        "ctime_nsec",
+        "mode",
+        "nlink",
+        "uid",
+        "gid",
+        "rdev",
+        "blksize",
+        "flags",
+    ]
     return dict(zip(names, attr.ATTR.unpack(record), strict=True))
 
 
@@ -348,6 +365,12 @@ def test_a_read_only_share_refuses_whatever_writes(tmp_path, handles):
     assert {message for message, row in HANDLERS.items() if row.writes} <= covered
     assert [worker.errno_of(message) for message in writing] == [errno.EROFS] * len(writing)
     assert {path: path.lstat() for path in before} == before
-    reading = [wire.GetAttr(file), wire.Lookup(ROOT_NODEID, b"ok"), wire.OpenDir(ROOT_NODEID), wire.Fetch(file, fh), wire.Access(file, 4, *ME)]
+    reading = [
+        wire.GetAttr(file),
+        wire.Lookup(ROOT_NODEID, b"ok"),
+        wire.OpenDir(ROOT_NODEID),
+        wire.Fetch(file, fh),
+        wire.Access(file, 4, *ME),
+    ]
     assert [worker.errno_of(message) for message in reading] == [0] * len(reading)
     bench.close()

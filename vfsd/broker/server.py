@@ -20,7 +20,7 @@ from vfsd.broker.requests import HANDLERS
 from vfsd.broker.session_change import SessionChange
 from vfsd.broker.share import Share
 from vfsd.broker.worker_link import UNREAD_SECONDS, Outcome, WorkerLink
-from vfsd.errors import ReplyErrno, WorkerBreach
+from vfsd.errors import ReplyErrno, WorkerBreach, drop_traceback
 from vfsd.fds import OwnedFd
 from vfsd.log import ChildLog
 from vfsd.wire import broker_messages as wire
@@ -201,17 +201,18 @@ class Server:
         """Run one request; None if no answer is owed, or not yet."""
         try:
             answer = self._answer(task)
-        except ReplyErrno as error:
-            return self._failed(task, error.errno)
-        except OSError as error:
-            return self._failed(task, error.errno or errno.EIO)
-        except Exception as error:  # noqa: BLE001  # the dispatch boundary: whatever else is raised is a bug of ours
-            self._log.bug(task.spec.message.__name__, error)
-            return self._failed(task, errno.EIO)
+        except Exception as error:  # noqa: BLE001  # the dispatch boundary: sorted out by _errno_of
+            number = self._errno_of(task, error)
+            drop_traceback(error)
+            return None if task.spec.reply is None else Outcome(task.request_id, number, None)
         return None if answer is None else Outcome(task.request_id, 0, answer)
 
-    def _failed(self, task: Task, number: int) -> Outcome | None:
-        return None if task.spec.reply is None else Outcome(task.request_id, number, None)
+    def _errno_of(self, task: Task, error: Exception) -> int:
+        """The errno a request fails with; what nobody foresaw is a bug of ours, and logged."""
+        if isinstance(error, (ReplyErrno, OSError)) and error.errno:
+            return error.errno
+        self._log.bug(task.spec.message.__name__, error)
+        return errno.EIO
 
     def _answer(self, task: Task) -> Answer | None:
         if not task.spec.in_session:

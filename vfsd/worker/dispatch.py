@@ -10,7 +10,7 @@ import errno
 from collections.abc import Generator
 from typing import Any
 
-from vfsd.errors import ReplyErrno
+from vfsd.errors import ReplyErrno, drop_traceback
 from vfsd.fds import TempFd
 from vfsd.wire import broker_messages as wire
 from vfsd.wire.fuse_abi import FUSE_INIT
@@ -92,10 +92,11 @@ class Dispatcher:
 
     def errno_of(self, raised: Exception) -> int:
         """The errno a request fails with; what nobody foresaw is logged."""
-        if isinstance(raised, (ReplyErrno, OSError)) and raised.errno:
-            return raised.errno
-        self._fs.log.bug("a request handler", raised)
-        return errno.EIO
+        number = raised.errno if isinstance(raised, (ReplyErrno, OSError)) else None
+        if not number:
+            self._fs.log.bug("a request handler", raised)
+        drop_traceback(raised)
+        return number or errno.EIO
 
     def wait(self, operation: Operation, wish: wire.Request | Job) -> None:
         self._waiting.add(operation)

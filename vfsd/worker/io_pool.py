@@ -13,6 +13,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
+from vfsd.errors import drop_traceback
+
 THREADS = 4
 
 
@@ -69,7 +71,7 @@ class IoPool:
             try:
                 result = task.job.work()
             except Exception as raised:  # noqa: BLE001  # the ring thread decides what it means
-                raised.__traceback__ = None  # it would keep views of guest memory alive
+                drop_traceback(raised)  # it would keep views of guest memory alive
                 error = raised
             self._done.append(_Done(task, result, error))
             del task, result, error

@@ -191,13 +191,24 @@ class FuseClient(FuseSession):
         return self.finish(self.send_read(nodeid, fh, offset, size))
 
     def send_write(
-        self, nodeid: int, fh: int, offset: int, data: bytes, *, flags: int = 0, queue: int | None = None, kick: bool = True
+        self,
+        nodeid: int,
+        fh: int,
+        offset: int,
+        data: bytes,
+        *,
+        flags: int = 0,
+        open_flags: int = 0,
+        queue: int | None = None,
+        kick: bool = True,
     ) -> Pending:
-        body = abi.fuse_write_in.pack(fh, offset, len(data), flags, 0, 0) + data
+        """`flags`: FUSE_WRITE_*; `open_flags`: those that the file has at that moment, as Linux sends with every write."""
+        body = abi.fuse_write_in.pack(fh, offset, len(data), flags, 0, open_flags) + data
         return self.send(abi.FUSE_WRITE, nodeid, body, abi.fuse_write_out.size, queue=queue, kick=kick)
 
-    def write(self, nodeid: int, fh: int, offset: int, data: bytes, *, flags: int = 0) -> int:
-        (size,) = abi.fuse_write_out.unpack(self.finish(self.send_write(nodeid, fh, offset, data, flags=flags)))
+    def write(self, nodeid: int, fh: int, offset: int, data: bytes, *, flags: int = 0, open_flags: int = 0) -> int:
+        pending = self.send_write(nodeid, fh, offset, data, flags=flags, open_flags=open_flags)
+        (size,) = abi.fuse_write_out.unpack(self.finish(pending))
         if size > len(data):
             raise ProtocolViolation(f"{size} of {len(data)} bytes written")
         return int(size)
