@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 
 from vfsd.channel import Channel, ChannelClosed
 from vfsd.config import RoleConfig, config_memfd
+from vfsd.errors import ConfigError
 from vfsd.fds import OwnedFd
 from vfsd.log import ChildLines, StderrLog
 from vfsd.wire.channel import ChannelMessage, Table
@@ -55,16 +56,21 @@ class Child:
             raise
 
     def _start(self, module: str, config_fd: int, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            self._command(module, config_fd),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._last_words.fileno(),
-            pass_fds=pass_fds,
-            cwd="/",
-            env={},
-            start_new_session=True,
-        )
+        try:
+            return subprocess.Popen(
+                self._command(module, config_fd),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._last_words.fileno(),
+                pass_fds=pass_fds,
+                cwd="/",
+                env={},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"cannot start {self.role} by {sys.executable}: {error.strerror}; install vfsd where the user who starts it may execute it"
+            ) from error
 
     @staticmethod
     def _command(module: str, config_fd: int) -> list[str]:

@@ -29,6 +29,7 @@ from vfsd.fds import OwnedFd
 from vfsd.limits import set_nofile
 from vfsd.log import ERROR, WARNING, StderrLog, decode_text
 from vfsd.roles import Roles, make_roles, resolve_share
+from vfsd.sandbox import landlock
 from vfsd.sandbox.lockdown import lock_down
 from vfsd.sandbox.namespaces import spawn_pid_namespace
 from vfsd.sockets import VhostSocket, adopt_socket, make_listener
@@ -66,6 +67,8 @@ def serve(options: Options, log: StderrLog) -> int:
     nofile = set_nofile(options.rlimit_nofile)
     if nofile.warning:
         log.log(WARNING, nofile.warning)
+    if not landlock.abi_version():
+        log.log(WARNING, "this kernel has no Landlock: one of the layers that keep control and workers from files is missing")
     with OwnedFd(os.pidfd_open(os.getpid())) as pidfd, closing(_make_endpoint(options)) as endpoint:
         roles = make_roles(options, pidfd.fileno(), nofile.limit)
         return Supervisor(roles, endpoint, log).run()

@@ -137,7 +137,7 @@ def share(serving: Serving, request: pytest.FixtureRequest) -> Iterator[Share]:
     os.mkdir(share.host)
     yield share
     if serving.usable():
-        share.call(probes.remove_trees, share.inside, "/tmp/tree", timeout=300)
+        share.call(probes.remove_trees, share.inside, "/tmp/tree", timeout=600)
         serving.assert_fd_count(fds_before)
         assert "ERROR" not in serving.daemon.log()[logged_before:]
     shutil.rmtree(share.host, ignore_errors=True)

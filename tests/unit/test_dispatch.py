@@ -22,12 +22,17 @@ STATFS = abi.FUSE_STATFS
 
 
 @pytest.fixture
-def worker(tmp_path):
+def bench(tmp_path):
     bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def worker(bench):
     worker = Worker(bench)
     yield worker
     worker.close()
-    bench.close()
 
 
 @pytest.fixture

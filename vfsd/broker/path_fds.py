@@ -142,13 +142,11 @@ class PathFds:
 
     def sweep(self, now: float) -> None:
         """Close what nobody used for a moment; `now` as time.monotonic()."""
-        idle = []
         with self._lock:
-            while self._recent:
-                nodeid, cached = next(iter(self._recent.items()))
-                if cached.users or now - cached.used_at < IDLE_SECONDS:
-                    break
+            idle = [
+                (nodeid, cached.fd) for nodeid, cached in self._recent.items() if not cached.users and now - cached.used_at >= IDLE_SECONDS
+            ]
+            for nodeid, _fd in idle:
                 del self._recent[nodeid]
-                idle.append(cached.fd)
-        for fd in idle:
+        for _nodeid, fd in idle:
             os.close(fd)

@@ -284,7 +284,7 @@ class SyncFs(NamedTuple):
 
 
 class SessionNotice(NamedTuple):
-    """A new session (0: none) has begun; to be acknowledged by SessionAck."""
+    """A new session has begun, or without SESSION_ACTIVE the old one has ended; to be acknowledged by SessionAck."""
 
     session: int
     flags: int
@@ -350,7 +350,7 @@ REQUESTS = (
     Spec(24, OpenDir, (U64,), _OPENED, 1, in_session=True, resembles='openat(".", O_DIRECTORY)'),
     Spec(25, Create, (U64, NAME, U32, MODE, U32, U32), _ENTRY + _OPENED, 1, in_session=True, resembles="openat(O_CREAT|O_EXCL)"),
     Spec(26, Release, (U64, U64), None, 0, in_session=True, resembles="close"),
-    Spec(27, Fetch, (U64, U64), (U32, U64), 1, in_session=True, resembles="dup"),
+    Spec(27, Fetch, (U64, U64), (U32, U64), 1, in_session=True, resembles='dup; of a directory openat(".")'),
     Spec(28, StatFs, (U64,), (U64,) * 5 + (U32,) * 3, 0, in_session=True, resembles="fstatfs"),
     Spec(29, FSync, (U64, U64, BOOL), (), 0, in_session=True, resembles="fsync, fdatasync"),
     Spec(30, Flush, (U64, U64), (), 0, in_session=True, resembles="close(dup)"),

@@ -14,7 +14,7 @@ _LEAST_MINOR = 27
 _MAX_WRITE_BYTES = 1 << 20
 _MAX_PAGES = _MAX_WRITE_BYTES // 4096
 _MAX_BACKGROUND = 65535  # the Rust daemon's: the guest's own limits hold
-_CONGESTION_THRESHOLD = _MAX_BACKGROUND * 3 // 4
+_CONGESTION_THRESHOLD = _MAX_BACKGROUND // 4 * 3
 _LOW_32 = (1 << 32) - 1
 
 # Taken whenever the guest offers them.
