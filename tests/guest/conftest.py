@@ -104,9 +104,11 @@ class Share:
         if self.call(probes.survey_digest, inside, timeout=600) != probes.survey_digest(host):
             assert self.call(probes.survey, inside, timeout=600) == probes.survey(host)
 
-    def full(self, value: int, everyday_in_qemu: int) -> int:
-        """A size that QEMU without KVM takes minutes for is reduced in everyday runs."""
-        return value if self.kind == "uml" or FULL else everyday_in_qemu
+    def full(self, value: int, everyday_in_qemu: int, everyday_in_uml: int | None = None) -> int:
+        """A size that a guest takes minutes for is reduced in everyday runs: QEMU has no KVM here, User-Mode Linux is faster."""
+        if FULL:
+            return value
+        return everyday_in_qemu if self.kind != "uml" else everyday_in_uml or value
 
 
 @pytest.fixture(scope="session")

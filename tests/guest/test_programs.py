@@ -38,7 +38,7 @@ def test_git_works_and_the_host_agrees(share: Share) -> None:
 
 @pytest.mark.timeout(1200)
 def test_a_large_tree_is_copied_out_and_in(share: Share) -> None:
-    files = share.full(20_000, 2_000)
+    files = share.full(20_000, 1_000, 4_000)
     probes.make_tree(f"{share.host}/tree", files)
     expected = probes.contents_digest(f"{share.host}/tree")
     share.guest.check("cp", "-a", f"{share.inside}/tree", "/tmp/tree", timeout=900)

@@ -1,6 +1,7 @@
 """From chain to reply: every request is answered once, whatever its handler does, and what hangs can be given up."""
 
 import errno
+import gc
 import os
 import random
 import threading
@@ -255,3 +256,24 @@ def test_no_reply_is_none_also_from_a_handler_that_waited(handler):
         return NO_REPLY
 
     assert handler(handle) is None
+
+
+def test_failing_requests_leave_no_garbage(session):
+    """The collector is off in a worker, and what an error's frames hold are views of guest memory."""
+    requests = [
+        (abi.FUSE_LOOKUP, b"missing\0"),
+        (abi.FUSE_OPEN, b""),
+        (999, b""),
+        (abi.FUSE_GETATTR, bytes(16)),
+        (abi.FUSE_READ, bytes(40)),
+    ]
+    for opcode, body in requests:
+        session.call(opcode, body, nodeid=77)
+    gc.collect()
+    gc.disable()
+    try:
+        for opcode, body in requests:
+            assert session.call(opcode, body, nodeid=77).errno
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -90,10 +90,12 @@ class EndingPool(Pool):
 
 
 class Bench:
-    def __init__(self, threads):
+    def __init__(self, threads, released):
         self.work = Turns()
         self.woken = queue.SimpleQueue()
         self.pool = EndingPool(self.work, threads, lambda: self.woken.put(True))
+        if released is not None:
+            self.pool._released = released
         self.prepared = []
         before = set(threading.enumerate())
         self.pool.start(lambda: self.prepared.append(threading.current_thread().name))
@@ -132,8 +134,8 @@ class Bench:
 def make_bench():
     made = []
 
-    def make_bench(threads=4, *, release=True):
-        made.append(Bench(threads))
+    def make_bench(threads=4, *, release=True, released=None):
+        made.append(Bench(threads, released))
         if release:
             made[-1].release()
         return made[-1]
@@ -156,6 +158,27 @@ def test_every_thread_is_prepared_before_start_returns_and_serves_after_release(
     assert not task.started.is_set()
     bench.release()
     task.wait_delivered()
+
+
+def test_a_thread_promoted_before_it_was_quite_there_is_promoted_once(make_bench):
+    """On a busy machine the first leader may be stuck before a follower has seen that it may serve: two must not lead after that."""
+    may_see = threading.Event()
+
+    class SlowToSee(threading.Event):
+        def wait(self, timeout=None):
+            super().wait(timeout)
+            if threading.current_thread().name == "pool1":
+                assert may_see.wait(PATIENCE)
+
+    bench = make_bench(2, released=SlowToSee())
+    stuck, after = Task("stuck", 1, stuck=True), Task("after", 2)
+    bench.send(stuck, after)
+    stuck.wait_started()
+    bench.promote()
+    may_see.set()
+    after.wait_delivered()
+    assert after.thread == "pool1"
+    assert bench.pool._members[1].wake._value == 0, "it would lead again without having been promoted"
 
 
 def test_one_thread_serves_while_nothing_is_stuck(bench):

@@ -1,6 +1,7 @@
 """The broker as a worker meets it: a real Server and Share in this process, workers that are real sockets. Protocol and sessions."""
 
 import errno
+import gc
 import os
 import socket
 
@@ -327,3 +328,23 @@ def test_a_successor_of_the_same_index_outlives_its_predecessor(bench):
 
 def test_the_limits_stand_where_the_design_says():
     assert (UNREAD_SECONDS, module.UNREAD_SECONDS) == (10.0, 10.0)
+
+
+def test_failing_requests_leave_no_garbage(bench, worker):
+    """The collector is off in the broker."""
+    messages = [
+        wire.Lookup(ROOT_NODEID, b"missing"),
+        wire.GetAttr(77),
+        wire.Open(ROOT_NODEID, os.O_CREAT),
+        wire.Lookup(ROOT_NODEID, b"a/b"),
+    ]
+    for message in messages:
+        worker.errno_of(message)
+    gc.collect()
+    gc.disable()
+    try:
+        for message in messages:
+            assert worker.errno_of(message)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
