@@ -25,6 +25,7 @@ class OwnedFd:
     __slots__ = ("_fd",)
 
     def __init__(self, fd: int) -> None:
+        self._fd = _CLOSED  # so that an object that could not be made has nothing to close
         if fd < 0:
             raise ValueError(f"not a file descriptor: {fd}")
         self._fd = fd

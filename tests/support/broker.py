@@ -9,6 +9,7 @@ import array
 import os
 import select
 import socket
+import stat
 from typing import Any, NamedTuple
 
 from vfsd.broker.credentials import Credentials
@@ -17,6 +18,7 @@ from vfsd.broker.server import Server
 from vfsd.broker.share import Settings, Share
 from vfsd.fds import OwnedFd
 from vfsd.log import ERROR, TRACE, WARNING, Logger
+from vfsd.wire import attr
 from vfsd.wire import broker_messages as wire
 
 _FD_ROOM = socket.CMSG_SPACE(253 * array.array("i").itemsize)
@@ -73,6 +75,44 @@ def close_share(share: Share) -> None:
     assert len(share.mounts) == 0
     share.root.close()
     share._proc_self_fd.close()
+
+
+def naming(name: bytes) -> list[wire.Request]:
+    """Every message that takes a name, with this one as the first or the second."""
+    root, me = ROOT_NODEID, (os.getuid(), os.getgid())
+    return [
+        wire.Lookup(root, name), wire.SymLink(root, name, b"target", *me), wire.MkNod(root, name, stat.S_IFREG | 0o644, 0, *me),
+        wire.MkDir(root, name, 0o755, *me), wire.Unlink(root, name), wire.RmDir(root, name), wire.Rename(root, name, root, b"ok", 0),
+        wire.Rename(root, b"ok", root, name, 0), wire.Create(root, name, os.O_RDWR, 0o644, *me),
+    ]  # fmt: skip
+
+
+def changed(nodeid: int, valid: int, **fields: int) -> wire.SetAttr:
+    """A SETATTR of these fields."""
+    values = dict.fromkeys(wire.SetAttr._fields, 0) | {"nodeid": nodeid, "valid": valid} | fields
+    return wire.SetAttr(**values)
+
+
+def attributes(record: bytes) -> dict[str, int]:
+    names = [
+        "ino",
+        "size",
+        "blocks",
+        "atime",
+        "mtime",
+        "ctime",
+        "atime_nsec",
+        "mtime_nsec",
+        "ctime_nsec",
+        "mode",
+        "nlink",
+        "uid",
+        "gid",
+        "rdev",
+        "blksize",
+        "flags",
+    ]
+    return dict(zip(names, attr.ATTR.unpack(record), strict=True))
 
 
 class Got(NamedTuple):
@@ -242,6 +282,7 @@ class Bench:
         assert self.server._by_index == {}
         close_share(self.share)
         self._epoll.close()
+        os.close(self.server._wake_fd)
         assert self.log.bugs == []
 
 

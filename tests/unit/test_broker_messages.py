@@ -183,6 +183,7 @@ def test_a_field_just_out_of_its_bounds_is_a_breach(spec):
         pytest.param(pack([10, 1, 1, msgpack.ExtType(1, b"")]), id="an empty extension type"),
         pytest.param(pack([10, 1, msgpack.Timestamp(1), b"n"]), id="a timestamp"),
         pytest.param(pack([12, 1, [1]]), id="a Forget of half a pair"),
+        pytest.param(pack([12, 1, [1, 1, 1]]), id="a Forget of one pair and a half"),
         pytest.param(pack([12, 1, [1, True]]), id="a Forget that counts True"),
         pytest.param(pack([11, 1, 1, [b"n", "n"]]), id="a str among names"),
         pytest.param(b"\x91" * 5000, id="lists within lists"),

@@ -169,3 +169,11 @@ def test_a_thread_that_cannot_return_ends_the_broker(monkeypatch, lost):
     with pytest.raises(SystemExit), Credentials(0b11).of_caller(1000, 1001):
         pass
     assert kernel.calls[-1] == ("exit", EXIT_CREDENTIALS_LOST)
+
+
+@pytest.mark.parametrize(("uid", "gid"), [(0xFFFFFFFF, 1000), (1000, 0xFFFFFFFF), (0, 0xFFFFFFFF)])
+def test_minus_one_is_nobody_and_not_ourselves(uid, gid):
+    """setresuid(2) takes it for "leave it", so what the guest makes would be root's."""
+    with pytest.raises(OSError) as refused, Credentials(0).of_caller(uid, gid):
+        pytest.fail("it became somebody")
+    assert refused.value.errno == errno.EINVAL

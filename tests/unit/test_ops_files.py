@@ -67,6 +67,52 @@ def test_a_read_is_what_the_file_holds(worker, prepared, offset, size):
     assert worker.read(*prepared, offset, size) == (0, CONTENT[offset : offset + size])
 
 
+@pytest.mark.parametrize(
+    ("offset", "size", "jobs"),
+    [(0, 5000, 1), (99_990, 100, 1), (99_997, 100, 0), (100_000, 10, 0)],
+    ids=["in the middle", "before the end", "at the end", "beyond the end"],
+)
+def test_a_short_count_is_the_end_only_where_the_file_ends(worker, file, monkeypatch, offset, size, jobs):
+    """A read that does not wait stops where the page cache has a hole."""
+    preadv, submit, submitted = os.preadv, worker.pool.submit, []
+
+    def three_bytes_at_once(fd, views, position, flags=0):
+        return preadv(fd, [views[0][:3]] if flags & os.RWF_NOWAIT else views, position)
+
+    monkeypatch.setattr(os, "preadv", three_bytes_at_once)
+    monkeypatch.setattr(worker.pool, "submit", lambda job, waiter: submitted.append(job) or submit(job, waiter))
+    assert worker.read(*file, offset, size) == (0, CONTENT[offset : offset + size])
+    assert len(submitted) == jobs
+
+
+def test_a_read_that_would_wait_goes_to_the_pool(worker, file, monkeypatch):
+    preadv = os.preadv
+
+    def would_wait(fd, views, position, flags=0):
+        if flags & os.RWF_NOWAIT:
+            raise BlockingIOError(errno.EAGAIN, "would wait")
+        return preadv(fd, views, position)
+
+    monkeypatch.setattr(os, "preadv", would_wait)
+    assert worker.read(*file, 0, 5000) == (0, CONTENT[:5000])
+    assert worker.fs.files.get(*file).mount.nowait_reads
+
+
+def test_a_file_system_that_cannot_read_without_waiting_is_asked_once(worker, file, monkeypatch):
+    preadv, asked = os.preadv, []
+
+    def refuse(fd, views, position, flags=0):
+        asked.append(flags)
+        if flags & os.RWF_NOWAIT:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        return preadv(fd, views, position)
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    for _ in range(2):
+        assert worker.read(*file, 0, 5000) == (0, CONTENT[:5000])
+    assert asked.count(os.RWF_NOWAIT) == 1
+
+
 def test_a_read_ends_at_the_guests_room(worker, prepared):
     nodeid, fh = prepared
     body = abi.fuse_read_in.pack(fh, 7, 5000, 0, 0, 0)

@@ -181,8 +181,10 @@ def test_a_worker_that_does_not_read_for_ten_seconds_is_in_breach(bench, worker)
     link = flood(bench, worker)
     since = link._blocked_since
     bench.server.tick(since + UNREAD_SECONDS)
+    bench.pump()
     assert bench.breaches == []
     bench.server.tick(since + UNREAD_SECONDS + 0.01)
+    bench.pump()
     assert [index for index, _ in bench.breaches] == [0]
     assert bench.server._links == {}
 
@@ -218,8 +220,10 @@ def test_a_worker_that_does_not_acknowledge_is_in_breach_and_the_session_begins(
     bench.pump()
     bench.acknowledge(first)
     bench.server.tick(bench.server._changes._deadline)
+    bench.pump()
     assert number not in first.replies
     bench.server.tick(bench.server._changes._deadline + 0.01)
+    bench.pump()
     first.read()
     assert first.replies.pop(number).errno == 0
     assert broken(bench, silent)
@@ -252,6 +256,7 @@ def test_a_worker_that_leaves_just_as_the_session_changes_need_not_acknowledge(b
     bench.acknowledge(first)
     second.read()
     bench.server.tick(bench.server._changes._deadline + 0.01)
+    bench.pump()
     first.read()
     assert number in first.replies, "the guest's INIT is never answered"
 

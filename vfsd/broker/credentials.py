@@ -10,6 +10,7 @@ A thread that cannot become itself again would serve the next request as somebod
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from vfsd.sandbox import filecalls
 
 CAP_DAC_OVERRIDE = 1 << 1
 EXIT_CREDENTIALS_LOST = 70
+_NOBODY_AT_ALL = 0xFFFFFFFF  # (uid_t)-1, which setresuid(2) takes for "leave it": the file would be root's
 
 
 class Credentials:
@@ -29,6 +31,8 @@ class Credentials:
     @contextmanager
     def of_caller(self, uid: int, gid: int) -> Iterator[None]:
         """Be (uid, gid) on this thread inside the block. OSError if the host refuses the ids."""
+        if _NOBODY_AT_ALL in (uid, gid):
+            raise OSError(errno.EINVAL, "not a uid or gid")
         if self._permitted is None or (uid == 0 and gid == 0):
             yield
             return

@@ -43,3 +43,9 @@ class NodeDonations:
         with self._lock:
             self._asked.pop(nodeid, None)
             return self._holders.pop(nodeid, 0)
+
+    def clear(self) -> None:
+        """A new session: every worker drops all it holds."""
+        with self._lock:
+            self._asked.clear()
+            self._holders.clear()

@@ -234,9 +234,11 @@ class InodeStore:
             self._on_release(released)
 
     def begin_session(self, session: int) -> None:
-        """Forget everything but the root. Pinned inodes go when their last pin does."""
+        """Forget everything but the root. Pinned inodes go when their last pin does. Nothing if a later one has begun."""
         released = []
         with self._lock:
+            if session < self.session:
+                return
             self.session = session
             for slot in range(ROOT_NODEID + 1, len(self.nodeids)):
                 if self.lookups[slot] == 0:

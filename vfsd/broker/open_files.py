@@ -108,8 +108,10 @@ class OpenFiles:
         return opened.holders
 
     def begin_session(self, session: int) -> None:
-        """Close everything."""
+        """Close everything. Nothing if a later session has begun."""
         with self._lock:
+            if session < self._session:
+                return
             self._session = session
             idle = [opened for opened in list(self._files.values()) if self._retire(opened)]
         for opened in idle:

@@ -80,7 +80,7 @@ class Pool(Generic[Task]):
         prepare_thread()
         ready.wait()
         self._released.wait()
-        if member is not self._leader:
+        if member is not self._members[0]:  # the first leader; it may no longer be the leader, but then it is late
             member.wake.acquire()
         while True:
             self._lead(member)

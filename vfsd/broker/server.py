@@ -7,6 +7,7 @@ breaks costs that worker its link, nothing else. What vfsd itself breaks costs o
 from __future__ import annotations
 
 import errno
+import os
 import select
 import socket
 import threading
@@ -49,6 +50,9 @@ class Server:
         self._ready: deque[tuple[int, int]] = deque()
         self._interest: dict[int, int] = {}
         self._links_lock = threading.Lock()
+        self._condemned: deque[tuple[WorkerLink, str]] = deque()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._turn_link: WorkerLink | None = None
         self._outcomes: list[Outcome] = []
         self._changes = SessionChange()
@@ -75,16 +79,18 @@ class Server:
         self._epoll.register(link.fileno(), select.EPOLLIN)
 
     def _remove(self, link: WorkerLink) -> None:
+        """The leader's alone: nobody else may be receiving from it."""
         with self._links_lock:
             if link.closed:
                 return
             fd = link.fileno()
-            self._links.pop(fd, None)
-            self._interest.pop(fd, None)
-            self._by_index.pop(link.index, None)
+            del self._links[fd]
+            del self._interest[fd]
+            if self._by_index.get(link.index) is link:
+                del self._by_index[link.index]
             self._epoll.unregister(fd)
             link.close()
-        self._settle_change(self._changes.gone(link.index))
+        self._settle_change(self._changes.gone(link))
 
     def _breach(self, link: WorkerLink, text: str) -> None:
         self._log.error(f"worker {link.index} broke the broker protocol: {text}")
@@ -93,7 +99,8 @@ class Server:
 
     def _update_interest(self, link: WorkerLink) -> None:
         """Read unless it is congested, wait for room if packets wait."""
-        wanted = (0 if link.congested else select.EPOLLIN) | (select.EPOLLOUT if link.has_queue else 0)
+        writable = select.EPOLLOUT if link.has_queue and not link.starved else 0
+        wanted = (0 if link.congested else select.EPOLLIN) | writable
         with self._links_lock:
             if not link.closed and self._interest[link.fileno()] != wanted:
                 self._epoll.modify(link.fileno(), wanted)
@@ -127,13 +134,26 @@ class Server:
     def tick(self, now: float) -> None:
         """The watchdog's slower duties: workers that do not read or do not acknowledge, descriptors nobody uses."""
         for link in list(self._by_index.values()):
+            if link.starved:
+                link.flush()
+                self._update_interest(link)
             if link.unread_for(now) > UNREAD_SECONDS:
-                self._breach(link, f"has not read its replies for {UNREAD_SECONDS:.0f} s")
-        for index in self._changes.overdue(now):
-            overdue = self._by_index.get(index)
-            if overdue is not None:
-                self._breach(overdue, "has not acknowledged a new session")
+                self._condemn(link, f"has not read its replies for {UNREAD_SECONDS:.0f} s")
+        for link in self._changes.overdue(now):
+            self._condemn(link, "has not acknowledged a new session")
         self.share.paths.sweep(now)
+
+    def _condemn(self, link: WorkerLink, text: str) -> None:
+        """Have the leader end a link: a socket must not be closed under its hands."""
+        self._condemned.append((link, text))
+        os.eventfd_write(self._wake_fd, 1)
+
+    def _execute_condemned(self) -> None:
+        os.eventfd_read(self._wake_fd)
+        while self._condemned:
+            link, text = self._condemned.popleft()
+            if not link.closed:
+                self._breach(link, text)
 
     # --- pool.Work ---------------------------------------------------------------------------------------------------
 
@@ -142,6 +162,8 @@ class Server:
             if not self._ready:
                 self._ready.extend(self._epoll.poll())
             fd, events = self._ready.popleft()
+            if fd == self._wake_fd:
+                self._execute_condemned()
             link = self._links.get(fd)
             if link is None:
                 continue
@@ -233,7 +255,7 @@ class Server:
                 raise ReplyErrno(errno.EPROTO)
             return Answer([self.share.session, self.share.session_flags])
         if isinstance(message, wire.SessionAck):
-            self._settle_change(self._changes.acknowledged(message.session, task.link.index))
+            self._settle_change(self._changes.acknowledged(message.session, task.link))
             return None
         self._begin_session(task, message.flags | wire.SESSION_ACTIVE if isinstance(message, wire.SessionStart) else 0)
         return None
@@ -242,11 +264,15 @@ class Server:
         """Wipe, tell every worker, and answer when all have dropped what was of the old session."""
         session = self.share.begin_session(flags)
         links = list(self._by_index.values())
-        superseded = self._changes.begin(session, task, [link.index for link in links], time.monotonic())
+        superseded = self._changes.begin(session, task, links, time.monotonic())
         if superseded is not None:
             self._post(superseded.link, [Outcome(superseded.request_id, errno.ESTALE, None)], [])
+        if superseded is task:
+            return
         for link in links:
             self._post(link, [], [wire.SessionNotice(session, flags)])
+            if link.closed:  # it went before it could be waited for
+                self._settle_change(self._changes.gone(link))
 
     def _settle_change(self, finished: Task | None) -> None:
         if finished is not None:

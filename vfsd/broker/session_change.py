@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vfsd.broker.server import Task
+    from vfsd.broker.worker_link import WorkerLink
 
 ACKNOWLEDGE_SECONDS = 1.0
 
@@ -22,38 +23,43 @@ class SessionChange:
         self._lock = threading.Lock()
         self._task: Task | None = None
         self._session = 0
-        self._waiting: set[int] = set()
+        self._waiting: set[WorkerLink] = set()
         self._deadline = 0.0
 
-    def begin(self, session: int, task: Task, workers: list[int], now: float) -> Task | None:
-        """Wait for these workers on behalf of `task`; returns the task of a change that this one supersedes."""
+    def begin(self, session: int, task: Task, links: list[WorkerLink], now: float) -> Task | None:
+        """Wait for these workers on behalf of `task`.
+
+        Returns the task of a change that this one supersedes; `task` itself if a later one is already under way.
+        """
         with self._lock:
+            if session < self._session:
+                return task
             superseded, self._task = self._task, task
             self._session = session
-            self._waiting = set(workers)
+            self._waiting = set(links)
             self._deadline = now + ACKNOWLEDGE_SECONDS
         return superseded
 
-    def acknowledged(self, session: int, worker: int) -> Task | None:
+    def acknowledged(self, session: int, link: WorkerLink) -> Task | None:
         """The task to answer, if this was the last acknowledgement it waited for."""
         with self._lock:
             if session != self._session:
                 return None
-            return self._without(worker)
+            return self._without(link)
 
-    def gone(self, worker: int) -> Task | None:
+    def gone(self, link: WorkerLink) -> Task | None:
         """As `acknowledged`: a worker that is no longer there holds nothing."""
         with self._lock:
-            return self._without(worker)
+            return self._without(link)
 
-    def _without(self, worker: int) -> Task | None:
-        self._waiting.discard(worker)
+    def _without(self, link: WorkerLink) -> Task | None:
+        self._waiting.discard(link)
         if self._waiting:
             return None
         finished, self._task = self._task, None
         return finished
 
-    def overdue(self, now: float) -> list[int]:
+    def overdue(self, now: float) -> list[WorkerLink]:
         """The workers that had their second and are silent."""
         with self._lock:
-            return sorted(self._waiting) if self._task is not None and now > self._deadline else []
+            return list(self._waiting) if self._task is not None and now > self._deadline else []

@@ -174,5 +174,6 @@ class Share:
             self.session_flags = flags
             session = self.session
         self.files.begin_session(session)
+        self.donations.clear()  # the notice of the new session says it all
         self.store.begin_session(session)
         return session

@@ -50,6 +50,7 @@ class WorkerLink:
         self.greeted = False
         self.consumed = 0
         self.unanswered = 0
+        self.starved = False  # wait for the watchdog's next tick before the next try to send
         self._socket = sock
         self._buffer = bytearray(wire.MAX_PACKET_BYTES)
         self._share_lock = share_lock
@@ -66,14 +67,12 @@ class WorkerLink:
 
     def receive(self) -> bytes | None:
         """One packet; None if there is none now; b"" at the end. WorkerBreach as the module says."""
+        if self.closed:
+            return b""
         try:
-            length, _ancillary, flags, _address = self._socket.recvmsg_into([self._buffer], 0, socket.MSG_DONTWAIT)
+            length, flags = self._receive_into_buffer()
         except BlockingIOError:
             return None
-        except OSError as error:
-            if error.errno in (errno.ECONNRESET, errno.EPIPE):
-                return b""
-            raise
         if flags & socket.MSG_CTRUNC:
             raise WorkerBreach("sent file descriptors")
         if flags & socket.MSG_TRUNC:
@@ -81,6 +80,14 @@ class WorkerLink:
         if length:
             self.consumed += 1
         return bytes(memoryview(self._buffer)[:length])
+
+    def _receive_into_buffer(self) -> tuple[int, int]:
+        try:
+            length, _ancillary, flags, _address = self._socket.recvmsg_into([self._buffer], 0, socket.MSG_DONTWAIT)
+        except ConnectionResetError:
+            # The worker died with packets of ours unread. That error comes once, and before what it had sent itself.
+            length, _ancillary, flags, _address = self._socket.recvmsg_into([self._buffer], 0, socket.MSG_DONTWAIT)
+        return length, flags
 
     @property
     def congested(self) -> bool:
@@ -157,6 +164,9 @@ class WorkerLink:
         packet = _Packet(wire.join_replies(self.consumed, batch, notices), fds)
         self._announced = self.consumed
         with self._send_lock:
+            if self.closed:
+                _close_all(packet)
+                return
             self._queue.append(packet)
             self._queued_bytes += len(packet.data)
             self._queued_fds += len(fds)
@@ -179,17 +189,23 @@ class WorkerLink:
         try:
             self._socket.sendmsg([packet.data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
-            if self._blocked_since is None:
-                self._blocked_since = time.monotonic()
+            self._blocked()
             return False
         except OSError as error:
-            # A worker that has gone takes its packets with it. ETOOMANYREFS: too many descriptors wait in its socket.
-            if error.errno == errno.ETOOMANYREFS:
+            if error.errno == errno.ETOOMANYREFS:  # too many descriptors wait in its socket, which yet counts as writable
+                self._blocked()
+                self.starved = True
                 return False
+            # A worker that has gone takes its packets with it.
             if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN):
                 raise
         self._blocked_since = None
+        self.starved = False
         return True
+
+    def _blocked(self) -> None:
+        if self._blocked_since is None:
+            self._blocked_since = time.monotonic()
 
     def close(self) -> None:
         """Drop what waits, and the socket."""

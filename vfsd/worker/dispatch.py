@@ -36,7 +36,10 @@ class Operation:
         self.replied = False
 
     def answered(self, error: int, fields: list[Any], donated: TempFd | None) -> None:
-        if error:
+        if self.replied:  # given up meanwhile
+            if donated is not None:
+                donated.close()
+        elif error:
             self.advance(None, ReplyErrno(error))
         else:
             self.advance(Given(fields, donated), None)
@@ -44,6 +47,11 @@ class Operation:
     def finished(self, result: Any, error: Exception | None) -> None:
         self.on_pool = False
         self.advance(result, error)
+
+    def give_up(self) -> None:
+        """The chain goes back to the guest: the handler must not run on, it would touch what is no longer ours."""
+        self.replied = True
+        self._handler.close()
 
     def advance(self, value: Any, error: Exception | None) -> None:
         """Run the handler until it waits again or is done."""
@@ -108,9 +116,7 @@ class Dispatcher:
 
     def complete(self, operation: Operation, error: int, outcome: Outcome) -> None:
         self._waiting.discard(operation)
-        if not operation.replied:
-            operation.replied = True
-            self._reply(operation.ring, operation.request, error, outcome)
+        self._reply(operation.ring, operation.request, error, outcome)
 
     def _reply(self, ring: Ring, request: Request, error: int, outcome: Outcome) -> None:
         if isinstance(outcome, NoReply) or request.opcode in WITHOUT_REPLY:
@@ -128,7 +134,7 @@ class Dispatcher:
         False if a pool thread is still inside the guest's memory: that cannot be taken back.
         """
         for operation in [waiting for waiting in self._waiting if waiting.ring is ring and not waiting.on_pool]:
-            if not operation.replied:
-                operation.replied = True
-                self._reply(ring, operation.request, errno.EIO, b"")
+            operation.give_up()
+            self._waiting.discard(operation)
+            self._reply(ring, operation.request, errno.EIO, b"")
         return not any(waiting.ring is ring and waiting.on_pool for waiting in self._waiting)

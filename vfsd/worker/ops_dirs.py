@@ -6,11 +6,13 @@ looked up is listed with nodeid 0, and so are `.` and `..`: the guest then asks 
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
+from vfsd.errors import ReplyErrno
 from vfsd.sandbox import filecalls
 from vfsd.wire import broker_messages as wire
 from vfsd.wire import fuse_abi as abi
@@ -88,7 +90,10 @@ def _read_entries(fs: FileSystem, request: Request, extra: int) -> Generator[wir
         raw: bytes = yield from on_pool(opened, lambda: _read_at(opened, offset, room))
     else:
         raw = _read_at(opened, offset, room)
-    entries = _fitting(decode_entries(raw), room, extra)
+    found = decode_entries(raw)
+    entries = _fitting(found, room, extra)
+    if found and not entries:
+        raise ReplyErrno(errno.EINVAL)  # an empty reply would say that the directory ends here
     return _hide_above_root(entries) if request.nodeid == _ROOT_NODEID else entries
 
 
