@@ -5,7 +5,6 @@ override SHELL := /bin/bash
 .SHELLFLAGS := -euc
 
 PYTHON ?= python3
-SHARE ?=
 GUEST ?= uml
 BIN := .venv/bin
 PYTEST_ARGS ?=
@@ -37,7 +36,7 @@ test-all: venv                  # everything, in full size and on every guest ke
 	VFSD_TEST_FULL=1 $(BIN)/pytest $(PYTEST_ARGS)
 
 demo: venv                      # SHARE=directory GUEST=uml|qemu SHELL=1
-	@$(BIN)/python -m tools.demo --guest '$(GUEST)' --share '$(SHARE)' $(if $(filter-out 0 no,$(GUEST_SHELL)),--shell)
+	@$(BIN)/python -m tools.demo --guest '$(GUEST)' $(if $(filter-out 0 no,$(GUEST_SHELL)),--shell)
 
 bench: venv
 	@$(BIN)/python -m tools.bench $(BENCH_ARGS)

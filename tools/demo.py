@@ -48,7 +48,10 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo", description="Serve a directory to a guest through vfsd and show what happens.")
-    parser.add_argument("--share", default="", help="the directory to serve (default: a small tree made for the occasion)")
+    # By the environment, to which make gives it as it is: no shell sees a name with quotes.
+    parser.add_argument(
+        "--share", default=os.environ.get("SHARE", ""), help="the directory to serve (default: a small tree made for the occasion)"
+    )
     parser.add_argument("--guest", default="uml", choices=sorted(GUESTS), help="User-Mode Linux (default) or QEMU")
     parser.add_argument("--shell", action="store_true", help="end with a shell in the guest")
     return parser.parse_args()

@@ -7,6 +7,7 @@ no Ctrl-C of ours), /dev/null as stdin and stdout, and as stderr a small sealed 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -68,9 +69,10 @@ class Child:
                 start_new_session=True,
             )
         except OSError as error:
-            raise ConfigError(
-                f"cannot start {self.role} by {sys.executable}: {error.strerror}; install vfsd where the user who starts it may execute it"
-            ) from error
+            python = os.path.realpath(sys.executable)
+            executable = error.errno not in (errno.EACCES, errno.ENOENT)
+            remedy = "see what limits this host sets" if executable else "install vfsd where the user who starts it may execute it"
+            raise ConfigError(f"cannot start {self.role} by {python}: {error.strerror}; {remedy}") from error
 
     @staticmethod
     def _command(module: str, config_fd: int) -> list[str]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from vfsd.config import DEFAULT_NOFILE
 from vfsd.errors import ConfigError
 
+LEAST_NOFILE = 64  # what vfsd itself needs to start, and to say what is wrong
 _NR_OPEN = "/proc/sys/fs/nr_open"
 
 
@@ -24,6 +25,10 @@ def set_nofile(asked: int | None) -> Nofile:
     if asked == 0:
         return Nofile(soft)
     nr_open = _read_nr_open()
+    if asked is not None and asked < LEAST_NOFILE:
+        raise ConfigError(
+            f"--rlimit-nofile={asked}: vfsd needs {LEAST_NOFILE} open files to start; ask for more, or 0 to leave the limit alone"
+        )
     if asked is not None and asked > nr_open:
         raise ConfigError(f"--rlimit-nofile={asked}: the system allows {nr_open} ({_NR_OPEN}); ask for less, or raise that")
     wanted = min(DEFAULT_NOFILE, nr_open) if asked is None else asked
@@ -36,7 +41,10 @@ def set_nofile(asked: int | None) -> Nofile:
                 f"ask for at most {hard}, or raise the limit of whatever starts vfsd (systemd: LimitNOFILE=)"
             ) from error
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return Nofile(hard, f"the limit of open files cannot be raised to {wanted}; the hard limit of {hard} is used instead")
+        return Nofile(
+            hard,
+            f"the limit of open files cannot be raised to {wanted}; the hard limit of {hard} is used instead (--rlimit-nofile={hard} says so)",
+        )
     return Nofile(wanted)
 
 

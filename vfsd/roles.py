@@ -7,6 +7,7 @@ seccomp_policy.toml, both the administrator's.
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,8 +122,14 @@ def _compile_filters(options: Options) -> dict[Role, bytes]:
 
 def resolve_share(options: Options) -> bytes:
     """The shared directory's real path: the children start in `/`. Raises ConfigError if it is not a directory."""
+    option = f"--shared-dir={os.fsdecode(options.shared_dir)}"
     path = os.path.realpath(options.shared_dir)
-    if not os.path.isdir(path):
-        reason = "is not a directory" if os.path.exists(path) else "does not exist"
-        raise ConfigError(f"--shared-dir={os.fsdecode(options.shared_dir)}: {reason}; name a directory that exists")
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise ConfigError(f"{option}: does not exist; name a directory that exists") from None
+    except OSError as error:
+        raise ConfigError(f"{option}: cannot be reached: {error.strerror}; name a directory that vfsd may enter") from error
+    if not stat.S_ISDIR(mode):
+        raise ConfigError(f"{option}: is not a directory; name a directory that exists")
     return path

@@ -6,7 +6,6 @@ vfsd lives: that lock, not the file, says that the socket path is taken.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import grp
 import os
@@ -93,13 +92,23 @@ def _bind(path: bytes, gid: int | None) -> socket.socket:
         with _umask(0o077 if gid is None else 0o007):
             sock.bind(path)
         if gid is not None:
-            os.chown(path, -1, gid)
+            _give_to_group(path, gid)
         sock.listen(_BACKLOG)
         sock.setblocking(False)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _give_to_group(path: bytes, gid: int) -> None:
+    try:
+        os.chown(path, -1, gid)
+    except PermissionError as error:
+        os.unlink(path)
+        raise ConfigError(
+            f"--socket-group={grp.getgrgid(gid).gr_name}: {error.strerror}; name a group that you are a member of, or start as root"
+        ) from error
 
 
 def adopt_socket(fd: int) -> VhostSocket:
@@ -117,7 +126,18 @@ def adopt_socket(fd: int) -> VhostSocket:
     listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     if listening:
         sock.setblocking(False)
+    elif not _is_connected(sock):
+        sock.close()
+        raise ConfigError(f"{option}: neither listens nor is connected; {remedy}")
     return VhostSocket(sock, listening=listening)
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _group_id(group: str) -> int:
@@ -162,7 +182,7 @@ def _remove_stale(path: bytes) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise FileExistsError(errno.EEXIST, "there is a file that is not a socket at this path")
+        raise ConfigError(f"--socket-path={os.fsdecode(path)}: what is there is not a socket; remove it, or choose another path")
     os.unlink(path)
 
 

@@ -1,5 +1,6 @@
 """Making files as the guest's user: one thread, for one block, and the broker ends rather than serve on as somebody else."""
 
+import errno
 import os
 import stat
 import threading

@@ -1,14 +1,16 @@
-"""Documents that are made from the source are what the source would make of them now."""
+"""Documents that are made from the source are what the source would make of them now, and numbers in the others are right."""
 
 import importlib.machinery
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from vfsd.sandbox.seccomp import load_policy
 from vfsd.wire import broker_messages, channel
 
 TREE = Path(__file__).parents[2]
@@ -54,3 +56,43 @@ def test_the_tool_is_run_by_its_name_and_checks():
     assert os.access(TOOL, os.X_OK)
     done = subprocess.run([sys.executable, str(TOOL), "--check"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# Where the documents say how many system calls a role's filter allows (of the supervisor: denies).
+SYSCALL_COUNTS = {
+    "README.md": [
+        (r"(\d+) and (\d+) system calls that their filters list", ["worker", "control"]),
+        (r"deny-list of (\d+) calls", ["supervisor"]),
+        (
+            r"allowed: (\d+) calls \(worker\), (\d+) \(control\), (\d+) \(broker\).*?denied: (\d+) calls \(supervisor\)",
+            ["worker", "control", "broker", "supervisor"],
+        ),
+        (r"^supervisor +\d+ +\d+ +\d+ +filter +all but (\d+)", ["supervisor"]),
+        (r"^broker +\d+ +\d+ +\d+ +filter +(\d+)", ["broker"]),
+        (r"^control +\d+ +\d+ +\d+ +filter +(\d+)", ["control"]),
+        (r"^worker +\d+ +\d+ +\d+ +filter +(\d+)", ["worker"]),
+    ],
+    "docs/threat-model.md": [
+        (r"(\d+) allowed calls \(worker\), (\d+) \(control\)", ["worker", "control"]),
+        (r"(\d+) system calls with\s+conditions", ["broker"]),
+    ],
+    "docs/architecture.md": [(r"seccomp filter that denies (\d+) calls", ["supervisor"])],
+}
+
+
+def syscall_count(role):
+    """On x86-64, which the documents speak of."""
+    rules = role.rules_for("x86_64")
+    counts_denied = role.default == "allow"
+    return len({rule.syscall for rule in rules if (rule.action != "allow") == counts_denied})
+
+
+@pytest.mark.parametrize("document", SYSCALL_COUNTS)
+def test_numbers_of_system_calls_are_those_of_the_policy(document):
+    text = (TREE / document).read_text()
+    counts = {name: syscall_count(role) for name, role in load_policy().roles.items()}
+    for pattern, roles in SYSCALL_COUNTS[document]:
+        found = list(re.finditer(pattern, text, re.MULTILINE))
+        assert found, f"{document} no longer says {pattern}"
+        for match in found:
+            assert [int(number) for number in match.groups()] == [counts[role] for role in roles], match.group()

@@ -50,7 +50,10 @@ class Driver:
         os.close(self.ram_fd)
 
     def put(self, at, layout, *values):
-        struct.pack_into(layout, self.ram, at, *values)
+        if layout == "<H":
+            self.ram[at : at + 2].cast("H")[0] = values[0]  # in one store: pack_into writes zeroes first, which the device may see
+        else:
+            struct.pack_into(layout, self.ram, at, *values)
 
     def get(self, at, layout="<H"):
         (value,) = struct.unpack_from(layout, self.ram, at)

@@ -343,7 +343,8 @@ class QemuGuest(Guest):
     def argv(self, console: Line, agent: Line) -> list[str]:
         memory = f"{self.memory_mib}M"
         options = {
-            "-accel": "tcg,thread=multi",
+            # With a thread per vCPU, one may run into the breakpoint that another is just patching over (int3 panics at boot).
+            "-accel": "tcg,thread=single",
             "-cpu": "qemu64,-cx16",  # TCG of QEMU 7.2 corrupts flags in cmpxchg16b, and one guest in ten panics early
             "-smp": str(self.cpus),
             "-m": memory,
