@@ -12,6 +12,7 @@ import socket
 import stat
 from typing import Any, NamedTuple
 
+from vfsd.broker.closer import Closer
 from vfsd.broker.credentials import Credentials
 from vfsd.broker.inode_store import ROOT_NODEID
 from vfsd.broker.server import Server
@@ -57,9 +58,15 @@ def proc_self_fd() -> OwnedFd:
 
 def open_share(path: Any, log: Any, notify: Any, *, credentials: Credentials | None = None, **settings: Any) -> Share:
     """A share on a directory; keywords as Settings. New files belong to the test's user unless credentials are given."""
-    chosen = {"inode_file_handles": "never", "readonly": False, "announce_submounts": True, "path_fd_budget": 16} | settings
+    chosen = {
+        "inode_file_handles": "never",
+        "readonly": False,
+        "announce_submounts": True,
+        "path_fd_budget": 16,
+        "most_guest_fds": 1000,
+    } | settings
     root = OwnedFd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    return Share(root, proc_self_fd(), Settings(**chosen), credentials or Credentials(None), log, notify)
+    return Share(root, proc_self_fd(), Settings(**chosen), credentials or Credentials(None), log, notify, Closer())
 
 
 def close_share(share: Share) -> None:

@@ -51,7 +51,7 @@ class Loop:
         self.log = RecordingLog()
         self.pool = EndingIoPool()
         self.pool.start()
-        fs = FileSystem(self.broker, CACHE_POLICIES["auto"], self.log, 16)
+        fs = FileSystem(self.broker, CACHE_POLICIES["auto"], self.log, self.pool, 16)
         self.loop = EventLoop(supervisor, control, self.broker, fs, self.pool, self.log)
         self.fs = fs
         self.theirs = [control, supervisor]

@@ -8,8 +8,10 @@ import stat
 import pytest
 
 from tests.support.broker import Bench
+from vfsd.broker import answer_files
 from vfsd.broker.inode_store import ROOT_NODEID
 from vfsd.sandbox import filecalls
+from vfsd.sandbox.seccomp import load_policy
 from vfsd.wire import broker_messages as wire
 from vfsd.wire.attr import ATTR
 
@@ -259,3 +261,38 @@ def test_allocating_and_its_modes(worker, file, tmp_path):
     assert (tmp_path / "file").stat().st_size == 5000
     assert worker.errno_of(wire.FAllocate(file, fh, 0x80, 0, 1)) == errno.EOPNOTSUPP
     assert worker.errno_of(wire.FAllocate(file, fh, 0, 0, 0)) == errno.EINVAL
+
+
+def test_the_filter_allows_every_fallocate_mode_that_is_tried():
+    """A mode that the handler passes on but the filter does not would be a way to kill the broker."""
+    policy = load_policy().roles["broker"]
+    for mode in (*(1 << bit for bit in range(32)), answer_files._FALLOCATE_MODES):
+        allowed = policy.verdict("fallocate", (3, mode, 0, 4096, 0, 0), "x86_64") == "allow"
+        assert allowed == (not mode & ~answer_files._FALLOCATE_MODES), hex(mode)
+
+
+def test_the_filter_allows_every_flag_that_a_worker_may_open_with():
+    """As the modes of fallocate; with what the broker itself adds to an open."""
+    policy = load_policy().roles["broker"]
+    own = os.O_CLOEXEC | os.O_NOCTTY | os.O_DIRECTORY
+    for access in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
+        flags = answer_files._OPEN_FLAGS & ~os.O_ACCMODE | access | own
+        assert policy.verdict("openat", (3, 0, flags, 0, 0, 0), "x86_64") == "allow"
+        assert policy.verdict("open_by_handle_at", (3, 0, flags, 0, 0, 0), "x86_64") == "allow"
+        assert policy.verdict("openat", (3, 0, flags | answer_files._NEW_FILE, 0o7777, 0, 0), "x86_64") == "allow"
+
+
+def test_open_files_are_budgeted_and_room_comes_back(request, tmp_path):
+    """Without descriptors of its own left the broker could not go on."""
+    (tmp_path / "file").touch()
+    bench = Bench(tmp_path, most_guest_fds=3, inode_file_handles="never")
+    request.addfinalizer(bench.close)
+    worker = bench.add(0)
+    bench.begin_session()
+    nodeid = worker.lookup(b"file")  # an inode without a handle is a descriptor, and so is the root
+    fh, fd = worker.open(nodeid, os.O_RDONLY)
+    fd.close()
+    assert worker.errno_of(wire.Open(nodeid, os.O_RDONLY)) == errno.ENFILE
+    worker.send(wire.Release(nodeid, fh))
+    bench.pump()
+    assert worker.errno_of(wire.Open(nodeid, os.O_RDONLY)) == 0

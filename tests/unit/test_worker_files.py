@@ -41,7 +41,7 @@ def nodes():
 
 
 def add(files, fh, nodeid=5):
-    opened = OpenFile(fh, nodeid, new_fd(), Mount(1), 0)
+    opened = OpenFile(fh, nodeid, new_fd(), Mount(1), 0, lambda _mount, fd: fd.close())
     files.add(opened)
     return opened
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from typing import NoReturn
 
+from vfsd.broker.closer import Closer
 from vfsd.broker.credentials import Credentials
 from vfsd.broker.pool import Pool
 from vfsd.broker.server import Server, Task
@@ -22,6 +24,7 @@ from vfsd.sandbox.namespaces import enter_share
 from vfsd.wire.channel import Breach, Ready, bounded
 
 POOL_THREADS = 16
+_OWN_FDS = 256  # sockets, mounts, and what requests open for a moment
 _PATH_FDS_MOST = 1024  # remembered directories; more would not make lookups faster
 _PATH_FDS_SHARE = 8  # of the limit of open files
 
@@ -38,15 +41,28 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
     credentials = _credentials(config, log)
     server = Server(log, lambda worker, text: _report(channel, worker, text))
     watchdog = Watchdog(channel, server)
-    pool: Pool[Task] = Pool(server, POOL_THREADS, watchdog.wake)
-    lock_down(config.confinement, start_threads=lambda: pool.start(_own_umask))
+
+    def crashed(error: BaseException) -> NoReturn:
+        log.bug("a thread of the pool", error)
+        os._exit(1)
+
+    pool: Pool[Task] = Pool(server, POOL_THREADS, watchdog.wake, crashed)
+    closer = Closer()
+
+    def start_threads() -> None:
+        closer.start()
+        pool.start(_own_umask)
+
+    lock_down(config.confinement, start_threads=start_threads)
+    path_fds = min(_PATH_FDS_MOST, config.nofile // _PATH_FDS_SHARE)
     settings = Settings(
         config.inode_file_handles,
         config.readonly,
         config.announce_submounts,
-        min(_PATH_FDS_MOST, config.nofile // _PATH_FDS_SHARE),
+        path_fds,
+        config.nofile - min(_OWN_FDS, config.nofile // 2) - path_fds,
     )
-    server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.notify))
+    server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.notify, closer))
     # Nothing here makes cycles, and a collection over a million inodes would be a pause that every guest feels.
     gc.collect()
     gc.freeze()

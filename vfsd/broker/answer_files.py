@@ -23,7 +23,9 @@ _OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
 _REFUSED_FLAGS = os.O_CREAT | (os.O_TMPFILE & ~os.O_DIRECTORY)
 _READ_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_FALLOCATE_MODES = 0x7F  # KEEP_SIZE … UNSHARE_RANGE
+# linux/falloc.h, without NO_HIDE_STALE (4), which no file system has: as the filter allows it.
+_KEEP_SIZE, _PUNCH_HOLE, _COLLAPSE_RANGE, _ZERO_RANGE, _INSERT_RANGE, _UNSHARE_RANGE = 1, 2, 8, 16, 32, 64
+_FALLOCATE_MODES = _KEEP_SIZE | _PUNCH_HOLE | _COLLAPSE_RANGE | _ZERO_RANGE | _INSERT_RANGE | _UNSHARE_RANGE
 
 
 def answer_open(share: Share, call: Call, message: Open) -> Answer:
@@ -48,9 +50,10 @@ def _refuse_writing(share: Share, flags: int) -> None:
 def _keep(share: Share, call: Call, inode: Pin, fd: OwnedFd) -> Answer:
     """Enter an open file and donate a copy. Takes over `fd`."""
     try:
+        share.require_room_for_fd()
         traits = share.traits.of(fd.fileno(), inode.mount_id, inode.device)
-        copy = OwnedFd(os.dup(fd.fileno()))
-    except OSError:
+        copy = share.to_donate(os.dup(fd.fileno()), traits)
+    except (ReplyErrno, OSError):
         fd.close()
         raise
     try:
@@ -122,7 +125,7 @@ def answer_fetch(share: Share, call: Call, message: Fetch) -> Answer:
         if opened.is_directory:
             copy = OwnedFd(os.open(b".", _READ_DIRECTORY | os.O_CLOEXEC, dir_fd=opened.fd.fileno()))
         else:
-            copy = opened.duplicate()
+            copy = share.to_donate(opened.duplicate().detach(), opened.traits)
         return Answer([opened.traits, opened.mount_key], copy, Granted.FILE, opened.fh)
 
 

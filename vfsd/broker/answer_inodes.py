@@ -13,9 +13,10 @@ from vfsd.errors import ReplyErrno
 from vfsd.sandbox import filecalls
 from vfsd.sandbox.filecalls import UTIME_NOW, UTIME_OMIT
 from vfsd.wire import attr
-from vfsd.wire.broker_messages import Access, Forget, GetAttr, ReadLink, SetAttr, StatFs, SyncFs
+from vfsd.wire.broker_messages import TRAIT_SLOW, Access, Forget, GetAttr, ReadLink, SetAttr, StatFs, SyncFs
 
 _KEEP = 0xFFFFFFFF  # (uid_t)-1: chown leaves it as it is
+_U64 = (1 << 64) - 1
 _EXECUTE, _WRITE, _READ = 1, 2, 4
 
 
@@ -27,7 +28,8 @@ def answer_getattr(share: Share, call: Call, message: GetAttr) -> Answer:
     with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
         seen = path.statx()
         fields = [encode_attr(seen)]
-        if not share.donations.worthwhile(inode.nodeid):
+        slow = share.traits.of(path.fd, inode.mount_id, inode.device) & TRAIT_SLOW  # fstat would hold up the worker's ring
+        if slow or not share.donations.worthwhile(inode.nodeid):
             return Answer(fields)
         return Answer(fields, share.path_again(path.fd), Granted.NODE, inode.nodeid)
 
@@ -82,9 +84,9 @@ def answer_readlink(share: Share, call: Call, message: ReadLink) -> Answer:
 def answer_statfs(share: Share, call: Call, message: StatFs) -> Answer:
     with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
         seen = os.fstatvfs(path.fd)
-    return Answer([
-        seen.f_blocks, seen.f_bfree, seen.f_bavail, seen.f_files, seen.f_ffree, seen.f_bsize, seen.f_namemax, seen.f_frsize,
-    ])  # fmt: skip
+    counts = (seen.f_blocks, seen.f_bfree, seen.f_bavail, seen.f_files, seen.f_ffree)
+    # Python gives them signed: "as many as you like" (2^64 - 1, some network file systems) would be -1.
+    return Answer([*(count & _U64 for count in counts), seen.f_bsize, seen.f_namemax, seen.f_frsize])
 
 
 def answer_access(share: Share, call: Call, message: Access) -> Answer:

@@ -107,6 +107,7 @@ class InodeStore:
         self._by_handle: dict[bytes, int] = {}
         self._by_ids: dict[bytes, int] = {}
         self._count = 0
+        self.fd_count = 0  # inodes kept as a descriptor
         self.session = 0
         for _ in range(2):
             self._add_slot()
@@ -183,6 +184,7 @@ class InodeStore:
         if identity.handle_key is not None:
             self._by_handle[identity.handle_key] = nodeid
         if fd != _NO_FD:
+            self.fd_count += 1
             self._ids_keys[slot] = identity.ids_key
             self._by_ids[identity.ids_key] = nodeid
         self._count += 1
@@ -262,6 +264,7 @@ class InodeStore:
     def _free_slot(self, slot: int) -> Released:
         released = Released(self.nodeids[slot], self.fds[slot], self.mounts[slot], bool(self.held_mounts[slot]))
         self.nodeids[slot] = 0
+        self.fd_count -= self.fds[slot] != _NO_FD
         self.fds[slot] = _NO_FD
         self.handle_keys[slot] = None
         self._ids_keys[slot] = None

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NoReturn, Protocol, TypeVar
 
 STUCK_SECONDS = 0.005
 
@@ -23,7 +23,7 @@ Task = TypeVar("Task")
 
 
 class Work(Protocol[Task]):
-    """What the threads do. `run` and `finish_turn` never raise."""
+    """What the threads do. What it raises ends the process."""
 
     def next_turn(self) -> deque[Task]:
         """Wait for the next packet; its tasks."""
@@ -51,7 +51,12 @@ class PoolThread:
 
 
 class Pool(Generic[Task]):
-    def __init__(self, work: Work[Task], threads: int, wake_watchdog: Callable[[], None]) -> None:
+    """`crashed` is told of an exception that got out of `Work`, and does not return: a thread less is no state to go on in."""
+
+    def __init__(
+        self, work: Work[Task], threads: int, wake_watchdog: Callable[[], None], crashed: Callable[[BaseException], NoReturn]
+    ) -> None:
+        self._crashed = crashed
         self._work = work
         self._wake_watchdog = wake_watchdog
         self._baton = threading.Lock()
@@ -82,9 +87,12 @@ class Pool(Generic[Task]):
         self._released.wait()
         if member is not self._members[0]:  # the first leader; it may no longer be the leader, but then it is late
             member.wake.acquire()
-        while True:
-            self._lead(member)
-            member.wake.acquire()
+        try:
+            while True:
+                self._lead(member)
+                member.wake.acquire()
+        except BaseException as error:  # noqa: BLE001  # the interpreter would print a traceback, which opens files
+            self._crashed(error)
 
     def _lead(self, member: PoolThread) -> None:
         """Serve until another thread was promoted."""

@@ -99,9 +99,10 @@ class Server:
 
     def _update_interest(self, link: WorkerLink) -> None:
         """Read unless it is congested, wait for room if packets wait."""
-        writable = select.EPOLLOUT if link.has_queue and not link.starved else 0
-        wanted = (0 if link.congested else select.EPOLLIN) | writable
         with self._links_lock:
+            # Looked at under the lock: whoever changes the queue comes here after it, so the last one sees how it is.
+            writable = select.EPOLLOUT if link.has_queue and not link.starved else 0
+            wanted = (0 if link.congested else select.EPOLLIN) | writable
             if not link.closed and self._interest[link.fileno()] != wanted:
                 self._epoll.modify(link.fileno(), wanted)
                 self._interest[link.fileno()] = wanted
@@ -191,7 +192,7 @@ class Server:
             self._breach(link, str(breach))
             return None
         link.greeted = True
-        link.expect(sum(1 for spec, _id, _message in requests if spec.reply is not None))
+        link.expect(len(requests))
         return deque(Task(link, session, spec, request_id, message) for spec, request_id, message in requests)
 
     def mount_of(self, task: Task) -> int:
@@ -200,10 +201,11 @@ class Server:
 
     def run(self, task: Task) -> Callable[[bool], None]:
         outcome = self._serve(task)
-        if outcome is None:
-            return _nothing_to_deliver
 
         def deliver(late: bool) -> None:
+            task.link.settle()
+            if outcome is None:
+                return
             if late:
                 self._post(task.link, [outcome], [])
             else:
@@ -264,7 +266,9 @@ class Server:
         """Wipe, tell every worker, and answer when all have dropped what was of the old session."""
         session = self.share.begin_session(flags)
         links = list(self._by_index.values())
-        superseded = self._changes.begin(session, task, links, time.monotonic())
+        # A worker that is only starting holds nothing yet; Hello tells it the session.
+        greeted = [link for link in links if link.greeted]
+        superseded = self._changes.begin(session, task, greeted, time.monotonic())
         if superseded is not None:
             self._post(superseded.link, [Outcome(superseded.request_id, errno.ESTALE, None)], [])
         if superseded is task:
@@ -278,7 +282,3 @@ class Server:
         if finished is not None:
             fields = [self.share.session] if finished.spec.message is wire.SessionStart else []
             self._post(finished.link, [Outcome(finished.request_id, 0, Answer(fields))], [])
-
-
-def _nothing_to_deliver(late: bool) -> None:
-    """For messages that are not answered, or later."""

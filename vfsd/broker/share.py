@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
+from vfsd.broker.closer import Closer
 from vfsd.broker.credentials import Credentials
 from vfsd.broker.donations import NodeDonations
 from vfsd.broker.file_handles import FileHandles, Log, device_of
@@ -25,7 +26,7 @@ from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
 from vfsd.sandbox.filecalls import Statx
 from vfsd.wire.attr import ATTR, ATTR_SUBMOUNT, encode_rdev
-from vfsd.wire.broker_messages import DropFile, DropNode, Notice
+from vfsd.wire.broker_messages import TRAIT_FLUSH, DropFile, DropNode, Notice
 
 _NO_FD = -1
 _REOPEN_AS_PATH = os.O_PATH | os.O_CLOEXEC
@@ -45,6 +46,7 @@ class Settings(NamedTuple):
     readonly: bool
     announce_submounts: bool
     path_fd_budget: int
+    most_guest_fds: int  # descriptors that a guest may make the broker hold: open files, and inodes without a handle
 
 
 def encode_attr(seen: Statx, flags: int = 0) -> bytes:
@@ -59,7 +61,7 @@ class Share:
 
     def __init__(
         self, root: OwnedFd, proc_self_fd: OwnedFd, settings: Settings, credentials: Credentials, log: Log,
-        notify: Callable[[int, Notice], None],
+        notify: Callable[[int, Notice], None], closer: Closer,
     ) -> None:  # fmt: skip
         self.root = root
         self.proc_self_fd = proc_self_fd.fileno()
@@ -76,6 +78,7 @@ class Share:
         self.files = OpenFiles(self.lock)
         self.donations = NodeDonations()
         self.traits = Traits()
+        self.closer = closer
         self.session = 0
         self.session_flags = 0
         self._insert_root()
@@ -85,6 +88,15 @@ class Share:
         identity = self.handles.settle(root_fd)
         held = identity.handle_key is not None and self.mounts.acquire(identity.mount_id, root_fd, identity.file_type)
         self.store.insert_root(identity, fd=root_fd, held_mount=held)
+
+    def require_room_for_fd(self) -> None:
+        """ENFILE when the guest has as many descriptors as it may: the broker keeps some for itself, or it could not go on."""
+        if len(self.files) + self.store.fd_count >= self.settings.most_guest_fds:
+            raise ReplyErrno(errno.ENFILE)
+
+    def to_donate(self, fd: int, traits: int) -> OwnedFd:
+        """A copy on its way to a worker; where closing one may wait for a server, that is left to the closer."""
+        return self.closer.own(fd) if traits & TRAIT_FLUSH else OwnedFd(fd)
 
     def path_of(self, inode: Pin) -> PathFd:
         return self.paths.of(inode)
@@ -107,6 +119,8 @@ class Share:
 
     def _insert(self, session: int, path_fd: OwnedFd, identity: Identity) -> int:
         held = identity.handle_key is not None and self.mounts.acquire(identity.mount_id, path_fd.fileno(), identity.file_type)
+        if not held:
+            self.require_room_for_fd()
         kept = _NO_FD if held else os.dup(path_fd.fileno())
         if not held:  # without a mount descriptor the handle could not be opened: it must not be found by it
             identity = identity._replace(handle_key=None)

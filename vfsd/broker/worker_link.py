@@ -25,6 +25,8 @@ MAX_QUEUED_BYTES = 1 << 20
 MAX_QUEUED_FDS = 64
 MAX_UNANSWERED = 4096  # above the in-flight requests of any honest worker: beyond it the worker is not read
 UNREAD_SECONDS = 10.0
+# Too many descriptors wait in its socket; the kernel has no memory.
+_NOT_NOW = (errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM)
 _FULL_PACKET = wire.MAX_PACKET_BYTES - 32 * 1024  # the largest single reply (200 entries) still fits behind it
 
 
@@ -108,17 +110,21 @@ class WorkerLink:
         since = self._blocked_since
         return now - since if since is not None else 0.0
 
-    def expect(self, answers: int) -> None:
-        """So many answers are owed from now on."""
+    def expect(self, tasks: int) -> None:
+        """So many tasks of this worker wait or run from now on."""
         with self._share_lock:
-            self.unanswered += answers
+            self.unanswered += tasks
+
+    def settle(self) -> None:
+        """One of them is done."""
+        with self._share_lock:
+            self.unanswered -= 1
 
     def post(self, outcomes: list[Outcome], notices: list[wire.Notice]) -> None:
         """Queue replies and notices and send what the socket takes. Donations are taken over."""
         with self._share_lock:
             # Checked and queued under the lock under which files are released and inodes forgotten: a drop notice can only
             # come behind the grant that it revokes.
-            self.unanswered -= len(outcomes)
             rows, fds = self._rows(outcomes)
             self._enqueue(rows, [wire.encode_notice(notice) for notice in notices], fds)
         self.flush()
@@ -192,7 +198,7 @@ class WorkerLink:
             self._blocked()
             return False
         except OSError as error:
-            if error.errno == errno.ETOOMANYREFS:  # too many descriptors wait in its socket, which yet counts as writable
+            if error.errno in _NOT_NOW:  # the socket yet counts as writable
                 self._blocked()
                 self.starved = True
                 return False

@@ -21,6 +21,7 @@ STATX_MNT_ID = 0x1000
 UTIME_NOW = (1 << 30) - 1
 UTIME_OMIT = (1 << 30) - 2
 
+MAX_ENTRIES_BYTES = 64 * 1024  # of one getdents64
 HANDLE_BYTES_MAX = 128  # MAX_HANDLE_SZ
 _HANDLE_HEADER = struct.Struct("<Ii")  # struct file_handle: handle_bytes, handle_type; the bytes follow
 
@@ -32,7 +33,6 @@ _NUMBERS = {
         "getdents64": 217,
         "setresuid": 117,
         "setresgid": 119,
-        "setgroups": 116,
         "capset": 126,
         "fchownat": 260,
         "renameat2": 316,
@@ -42,7 +42,6 @@ _NUMBERS = {
         "getdents64": 61,
         "setresuid": 147,
         "setresgid": 149,
-        "setgroups": 159,
         "capset": 91,
         "fchownat": 54,
         "renameat2": 276,
@@ -128,6 +127,7 @@ class _Buffers(threading.local):
         self.statfs = ctypes.create_string_buffer(128)
         self.handle = ctypes.create_string_buffer(_HANDLE_HEADER.size + HANDLE_BYTES_MAX)
         self.mount_id = ctypes.c_int()
+        self.entries = ctypes.create_string_buffer(MAX_ENTRIES_BYTES)
 
 
 _buffers = _Buffers()
@@ -165,7 +165,9 @@ def _decode_stat(raw: tuple[int, ...]) -> Stat:
 
 def getdents64(fd: int, most_bytes: int) -> bytes:
     """Directory entries from the description's position on, as the kernel lays them out (struct linux_dirent64)."""
-    buffer = ctypes.create_string_buffer(most_bytes)
+    # One buffer for all sizes: each size of a ctypes array is a type of its own, and types are freed by the collector only.
+    buffer = _buffers.entries
+    most_bytes = min(most_bytes, MAX_ENTRIES_BYTES)
     length = _syscall(_NR["getdents64"], fd, buffer, ctypes.c_uint(most_bytes))
     if length < 0:
         _raise()

@@ -21,6 +21,9 @@ from vfsd.worker.request import Request
 from vfsd.worker.ring import Ring
 from vfsd.worker.virtqueue import Chain
 
+# A request of 1 MiB is some 260 views of guest memory, about 100 KiB of ours; the heap is 64 MiB and does not grow.
+MOST_WAITING_BYTES = 256 << 20
+
 
 class Operation:
     """A request whose handler waits: for the broker (Asker) or for the pool (io_pool.Worker)."""
@@ -72,6 +75,12 @@ class Dispatcher:
         self._fs = fs
         self._pool = pool
         self._waiting: set[Operation] = set()
+        self._waiting_bytes = 0
+
+    @property
+    def saturated(self) -> bool:
+        """Whether what waits holds as many views of guest memory as this process has memory for."""
+        return self._waiting_bytes > MOST_WAITING_BYTES
 
     def handle(self, ring: Ring, chain: Chain) -> None:
         """Serve one request, or begin to."""
@@ -107,7 +116,9 @@ class Dispatcher:
         return number or errno.EIO
 
     def wait(self, operation: Operation, wish: wire.Request | Job) -> None:
-        self._waiting.add(operation)
+        if operation not in self._waiting:
+            self._waiting.add(operation)
+            self._waiting_bytes += operation.request.buffer_bytes
         if isinstance(wish, Job):
             operation.on_pool = True
             self._pool.submit(wish, operation)
@@ -115,8 +126,13 @@ class Dispatcher:
             self._fs.broker.ask(wish, operation)
 
     def complete(self, operation: Operation, error: int, outcome: Outcome) -> None:
-        self._waiting.discard(operation)
+        self._forget(operation)
         self._reply(operation.ring, operation.request, error, outcome)
+
+    def _forget(self, operation: Operation) -> None:
+        if operation in self._waiting:
+            self._waiting.remove(operation)
+            self._waiting_bytes -= operation.request.buffer_bytes
 
     def _reply(self, ring: Ring, request: Request, error: int, outcome: Outcome) -> None:
         if isinstance(outcome, NoReply) or request.opcode in WITHOUT_REPLY:
@@ -135,6 +151,6 @@ class Dispatcher:
         """
         for operation in [waiting for waiting in self._waiting if waiting.ring is ring and not waiting.on_pool]:
             operation.give_up()
-            self._waiting.discard(operation)
+            self._forget(operation)
             self._reply(ring, operation.request, errno.EIO, b"")
         return not any(waiting.ring is ring and waiting.on_pool for waiting in self._waiting)

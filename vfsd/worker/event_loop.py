@@ -22,6 +22,7 @@ from vfsd.worker.io_pool import IoPool
 from vfsd.worker.ring import Ring
 from vfsd.worker.ring_table import RingTable
 
+HIPRIO = 0
 _BATCH = 64  # requests popped before completions are published
 _TICK_SECONDS = 0.5
 
@@ -60,7 +61,7 @@ class EventLoop:
 
     def _timeout(self) -> float:
         """Seconds to sleep at most; -1: until something happens."""
-        if self._rings.busy:
+        if self._rings.busy and not self._dispatcher.saturated:
             return 0
         return _TICK_SECONDS if self._rings.draining or len(self._fs.nodes) else -1
 
@@ -80,6 +81,8 @@ class EventLoop:
         ring.queue.disarm()
         try:
             for _ in range(_BATCH):
+                if self._dispatcher.saturated and ring.index != HIPRIO:
+                    return  # the ring keeps the rest; what completes makes room, and wakes us
                 chain = ring.pop()
                 if chain is None:
                     return

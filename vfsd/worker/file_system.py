@@ -8,7 +8,7 @@ a Job for the pool and gets its result; an errno comes back as ReplyErrno, raise
 from __future__ import annotations
 
 import errno
-import os
+import struct
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
@@ -16,11 +16,10 @@ from vfsd.errors import ReplyErrno
 from vfsd.fds import TempFd
 from vfsd.log import ChildLog
 from vfsd.wire import broker_messages as wire
-from vfsd.wire.fuse_abi import fuse_entry_out
 from vfsd.worker.broker_client import BrokerClient
 from vfsd.worker.cache_policy import CachePolicy
-from vfsd.worker.files import Mounts, NodeFds, OpenFile, OpenFiles
-from vfsd.worker.io_pool import Job
+from vfsd.worker.files import Mount, Mounts, NodeFds, OpenFile, OpenFiles
+from vfsd.worker.io_pool import IoPool, Job
 from vfsd.worker.request import Request
 
 
@@ -47,17 +46,27 @@ Outcome = bytes | Placed | NoReply
 Waiting = Generator[wire.Request | Job, Any, Outcome]
 Handler = Callable[["FileSystem", Request], Outcome | Waiting]
 
-_ENTRY_HEAD = "<QQQQII"
-_ENTRY_HEAD_BYTES = 40
+_ENTRY_HEAD = struct.Struct("<QQQQII")  # a fuse_entry_out up to its fuse_attr
+
+
+class _NobodyWaits:
+    """For a job whose result concerns nobody."""
+
+    def finished(self, result: Any, error: Exception | None) -> None:
+        pass
+
+
+_NOBODY_WAITS = _NobodyWaits()
 
 
 class FileSystem:
     """One per worker; the ring thread's alone."""
 
-    def __init__(self, broker: BrokerClient, cache: CachePolicy, log: ChildLog, most_files: int) -> None:
+    def __init__(self, broker: BrokerClient, cache: CachePolicy, log: ChildLog, pool: IoPool, most_files: int) -> None:
         self.broker = broker
         self.cache = cache
         self.log = log
+        self._pool = pool
         self.files = OpenFiles(most_files)
         self.nodes = NodeFds(most_files)
         self.mounts = Mounts()
@@ -65,7 +74,9 @@ class FileSystem:
         broker.listen(self.noticed)
 
     def begin_session(self, notice: wire.SessionNotice) -> None:
-        """Drop everything of the session before, and say so."""
+        """Drop everything of the session before, and say so. An older one than ours is an answer that was overtaken."""
+        if notice.session < self.broker.session:
+            return
         self.files.clear()
         self.nodes.clear()
         self.mounts.clear()
@@ -86,9 +97,16 @@ class FileSystem:
         """Enter a donated descriptor of an open file."""
         mount = self.mounts.get(mount_key)
         mount.slow = bool(traits & wire.TRAIT_SLOW)
-        opened = OpenFile(fh, nodeid, donated, mount, traits)
+        opened = OpenFile(fh, nodeid, donated, mount, traits, self._discard)
         self.files.add(opened)
         return opened
+
+    def _discard(self, mount: Mount, fd: TempFd) -> None:
+        """Close a descriptor; where that waits for a server (its file system has a flush method), on the pool."""
+        if mount.slow:
+            self._pool.submit(Job(mount.key, fd.close), _NOBODY_WAITS)
+        else:
+            fd.close()
 
     def fetch(self, nodeid: int, fh: int) -> Generator[wire.Request | Job, Any, OpenFile]:
         """The open file, asked for if this worker lacks it. ReplyErrno EBADF if there is none."""
@@ -107,7 +125,7 @@ class FileSystem:
 
 def fuse_entry_head(nodeid: int, timeout: int) -> bytes:
     """The part of a fuse_entry_out before its attributes: generation 0, since nodeids are never reused."""
-    return fuse_entry_out.pack(nodeid, 0, timeout, timeout, 0, 0, *(0,) * 16)[:_ENTRY_HEAD_BYTES]
+    return _ENTRY_HEAD.pack(nodeid, 0, timeout, timeout, 0, 0)
 
 
 def take_donation(given: Given) -> TempFd:
@@ -122,7 +140,3 @@ def check_name(name: bytes) -> bytes:
     if len(name) > wire.MAX_NAME_BYTES:
         raise ReplyErrno(errno.ENAMETOOLONG)
     return name
-
-
-def writes(open_flags: int) -> bool:
-    return open_flags & os.O_ACCMODE != os.O_RDONLY

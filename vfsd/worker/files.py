@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from vfsd.fds import TempFd
 
@@ -59,9 +60,11 @@ class Mounts:
 class OpenFile:
     """One open file or directory. `position_lock`: a directory's position is set and read under it."""
 
-    __slots__ = ("_dropped", "_fd", "_users", "fh", "mount", "nodeid", "position_lock", "traits")
+    __slots__ = ("_discard", "_dropped", "_fd", "_users", "fh", "mount", "nodeid", "position_lock", "traits")
 
-    def __init__(self, fh: int, nodeid: int, fd: TempFd, mount: Mount, traits: int) -> None:
+    def __init__(self, fh: int, nodeid: int, fd: TempFd, mount: Mount, traits: int, discard: Callable[[Mount, TempFd], None]) -> None:
+        """`discard` closes the descriptor, or has it closed where that may wait."""
+        self._discard = discard
         self.fh = fh
         self.nodeid = nodeid
         self.mount = mount
@@ -81,12 +84,12 @@ class OpenFile:
     def unpin(self) -> None:
         self._users -= 1
         if self._dropped and not self._users:
-            self._fd.close()
+            self._discard(self.mount, self._fd)
 
     def drop(self) -> None:
         self._dropped = True
         if not self._users:
-            self._fd.close()
+            self._discard(self.mount, self._fd)
 
     @property
     def in_use(self) -> bool:

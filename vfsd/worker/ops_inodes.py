@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 
 from vfsd.errors import ReplyErrno
 from vfsd.sandbox import filecalls
@@ -12,11 +13,12 @@ from vfsd.wire import broker_messages as wire
 from vfsd.wire import fuse_abi as abi
 from vfsd.wire.attr import ATTR, SET_ALL, encode_rdev
 from vfsd.worker.file_system import FileSystem, Given, Outcome, Waiting
+from vfsd.worker.ops_files import on_pool
 from vfsd.worker.request import Request
 
 _I64_MAX = (1 << 63) - 1
 _U64 = 1 << 64
-_ATTR_HEAD_BYTES = 16
+_ATTR_HEAD = struct.Struct("<QI4x")  # a fuse_attr_out up to its fuse_attr
 _NSEC_LIMIT = 1_000_000_000
 
 
@@ -29,7 +31,7 @@ def encode_stat(seen: Stat) -> bytes:
 
 
 def _attr_reply(fs: FileSystem, attr: bytes) -> bytes:
-    return abi.fuse_attr_out.pack(fs.cache.timeout_seconds, 0, *(0,) * 16)[:_ATTR_HEAD_BYTES] + attr
+    return _ATTR_HEAD.pack(fs.cache.timeout_seconds, 0) + attr
 
 
 def getattr_(fs: FileSystem, request: Request) -> Outcome | Waiting:
@@ -100,4 +102,8 @@ def lseek(fs: FileSystem, request: Request) -> Waiting:
     if whence not in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END, os.SEEK_DATA, os.SEEK_HOLE) or offset > _I64_MAX:
         raise ReplyErrno(errno.EINVAL)
     opened = yield from fs.fetch(request.nodeid, fh)
-    return abi.fuse_lseek_out.pack(os.lseek(opened.fd, offset, whence))
+    if opened.mount.pooled():
+        found: int = yield from on_pool(opened, lambda: os.lseek(opened.fd, offset, whence))
+    else:
+        found = os.lseek(opened.fd, offset, whence)
+    return abi.fuse_lseek_out.pack(found)

@@ -36,6 +36,11 @@ class Request:
         self.uid = self.gid = self.nodeid = 0
 
     @property
+    def buffer_bytes(self) -> int:
+        """The guest memory it holds."""
+        return self.chain.readable_bytes + self.chain.writable_bytes
+
+    @property
     def has_header(self) -> bool:
         return self.chain.readable_bytes >= IN_HEADER_BYTES
 
