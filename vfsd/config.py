@@ -79,8 +79,6 @@ class WorkerConfig(RoleConfig):
     control_fd: int
     broker_fd: int
     cache: CacheMode
-    readonly: bool
-    announce_submounts: bool
 
 
 Config = TypeVar("Config", bound=RoleConfig)

@@ -7,6 +7,13 @@ from __future__ import annotations
 
 import os
 
+# The commonest mistake of set-up, found in two places: when a ring is described, and when it is mapped.
+NOT_SHARED = (
+    "the frontend shared no memory region: guest RAM is not shared memory; add to QEMU's command line "
+    "`-object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem` (SIZE as in -m), "
+    "to cloud-hypervisor's `--memory ...,shared=on`, to libvirt's domain `<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>`"
+)
+
 
 class ReplyErrno(Exception):
     """One request fails with an errno that goes to the guest; the connection lives on."""

@@ -78,8 +78,6 @@ class Roles:
             control_fd=control_fd,
             broker_fd=broker_fd,
             cache=self.options.cache,
-            readonly=self.options.readonly,
-            announce_submounts=self.options.announce_submounts,
         )
 
     def supervisor(self) -> Confinement:

@@ -24,7 +24,7 @@ CONFIGS = [
     BrokerConfig(**COMMON, shared_dir=b"/sr\xff v", readonly=True, inode_file_handles="prefer", announce_submounts=False, nofile=20000),
     ControlConfig(**COMMON, tag=b"my\xfftag", request_queues=4),
     ControlConfig(**COMMON, tag=None, request_queues=1),
-    WorkerConfig(**COMMON, index=3, control_fd=8, broker_fd=9, cache="auto", readonly=False, announce_submounts=True),
+    WorkerConfig(**COMMON, index=3, control_fd=8, broker_fd=9, cache="auto"),
 ]
 
 

@@ -63,7 +63,7 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
         config.nofile - min(_OWN_FDS, config.nofile // 2) - path_fds,
     )
     server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.notify, closer))
-    # Nothing here makes cycles, and a collection over a million inodes would be a pause that every guest feels.
+    # No request makes cycles (see errors.drop_traceback), and a collection over a million inodes would be a pause that every guest feels.
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -26,7 +26,7 @@ _libc.free.restype = None
 def settle_allocator() -> None:
     """Take the heap now, and stop the automatic garbage collector. Call it once all is imported, before threads start.
 
-    gc: nothing in the daemon makes cycles, and a collection would touch every object; what exists now is never looked at again.
+    gc: the daemon makes no cycles per request (see errors.drop_traceback), and a collection would touch every object; what exists now is never looked at again.
     """
     settings = (
         (_M_MMAP_MAX, 0),  # large blocks come from the heap, not from mmap

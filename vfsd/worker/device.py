@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from typing import Final, NamedTuple, Protocol
 
 from vfsd.channel import close_all
-from vfsd.errors import FrontendBreach
+from vfsd.errors import NOT_SHARED, FrontendBreach
 from vfsd.fds import OwnedFd
 from vfsd.log import Logger
 from vfsd.wire import vhost_user as vu
-from vfsd.worker.memory_table import MAX_MEM_SLOTS, NOT_SHARED, MemoryTable
+from vfsd.worker.memory_table import MAX_MEM_SLOTS, MemoryTable
 from vfsd.worker.vrings import Vring
 from vfsd.worker.worker_links import WorkerRefused
 

@@ -26,7 +26,7 @@ MOST_WAITING_BYTES = 256 << 20
 
 
 class Operation:
-    """A request whose handler waits: for the broker (Asker) or for the pool (io_pool.Worker)."""
+    """A request whose handler waits: for the broker (Asker) or for the pool (io_pool.Waiter)."""
 
     __slots__ = ("_dispatcher", "_handler", "on_pool", "replied", "request", "ring")
 

@@ -24,15 +24,10 @@ import mmap
 import os
 from bisect import bisect_right
 
-from vfsd.errors import FrontendBreach, GuestBreach
+from vfsd.errors import NOT_SHARED, FrontendBreach, GuestBreach
 
 _ADDRESS_SPACE = 1 << 64
 _LONGEST_FILE = (1 << 63) - 1
-
-_NOT_SHARED = (
-    "guest RAM is not shared memory: the frontend shared no memory region. Add to QEMU's command line "
-    "-object memory-backend-memfd,id=mem,size=RAM_SIZE,share=on -machine memory-backend=mem (for other frontends: shared memory)"
-)
 
 
 class _Region:
@@ -146,7 +141,7 @@ class GuestMemory:
     def contiguous(self, uva: int, length: int) -> memoryview:
         """The `length` bytes at the frontend's address `uva`, within one region: a ring's place. FrontendBreach if there is none."""
         if not self._regions:
-            raise FrontendBreach(_NOT_SHARED)
+            raise FrontendBreach(NOT_SHARED)
         for region in self._regions:
             offset = uva - region.uva
             if 0 <= offset <= region.size and length <= region.size - offset:

@@ -25,7 +25,7 @@ class Job(NamedTuple):
     work: Callable[[], Any]
 
 
-class Worker(Protocol):
+class Waiter(Protocol):
     """Who waits for a job."""
 
     def finished(self, result: Any, error: Exception | None) -> None: ...
@@ -33,7 +33,7 @@ class Worker(Protocol):
 
 class _Task(NamedTuple):
     job: Job
-    waiter: Worker
+    waiter: Waiter
 
 
 class _Done(NamedTuple):
@@ -77,7 +77,7 @@ class IoPool:
             del task, result, error
             os.eventfd_write(self._event_fd, 1)
 
-    def submit(self, job: Job, waiter: Worker) -> None:
+    def submit(self, job: Job, waiter: Waiter) -> None:
         running = self._running.get(job.mount_key, 0)
         task = _Task(job, waiter)
         if running >= self._per_mount:

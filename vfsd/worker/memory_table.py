@@ -15,12 +15,6 @@ from vfsd.wire.vhost_user import MemoryRegion
 
 MAX_MEM_SLOTS = 509  # what virtiofsd and KVM offer; each slot is a descriptor here and a mapping in every worker
 
-NOT_SHARED = (
-    "no memory region was given: guest RAM is not shared memory; add to QEMU's command line "
-    "`-object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem` (SIZE as in -m), "
-    "to cloud-hypervisor's `--memory ...,shared=on`, to libvirt's domain `<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>`"
-)
-
 
 class Slot(NamedTuple):
     """One region and the descriptor of the memory behind it."""

@@ -16,7 +16,7 @@ DRAIN_SECONDS = 5.0  # the frontend's main loop waits for GET_VRING_BASE
 
 
 class Stopping:
-    """A RingStop that waits for what is in flight. `given_up`: the time is over and what waited for the broker was failed."""
+    """A RingStop that waits for what is in flight, until `deadline` (time.monotonic())."""
 
     __slots__ = ("deadline", "seq")
 
