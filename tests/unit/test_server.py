@@ -353,3 +353,15 @@ def test_failing_requests_leave_no_garbage(bench, worker):
         assert gc.collect() == 0
     finally:
         gc.enable()
+
+
+def test_a_breach_that_the_supervisor_cannot_be_told_now_is_told_later(bench, worker):
+    """An offender that is not reported would live on without being served, and the guest would hang."""
+    bench.deaf = True
+    worker.socket.send(b"nonsense")
+    bench.pump()
+    assert bench.breaches == []
+    bench.deaf = False
+    bench.server.tick(0.0)
+    bench.pump()
+    assert [index for index, _text in bench.breaches] == [worker.index]

@@ -85,8 +85,8 @@ def _credentials(config: BrokerConfig, log: ChildLog) -> Credentials:
     return Credentials(None)
 
 
-def _report(channel: Channel, worker: int, text: str) -> None:
-    channel.send(Breach(worker, bounded(text)))
+def _report(channel: Channel, worker: int, text: str) -> bool:
+    return channel.send(Breach(worker, bounded(text)))
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ class Task(NamedTuple):
 
 
 class Server:
-    """Implements pool.Work. `report_breach(worker, text)` tells the supervisor."""
+    """Implements pool.Work. `report_breach(worker, text)` tells the supervisor; False if it cannot be told now."""
 
-    def __init__(self, log: ChildLog, report_breach: Callable[[int, str], None]) -> None:
+    def __init__(self, log: ChildLog, report_breach: Callable[[int, str], bool]) -> None:
         self._log = log
         self._report_breach = report_breach
         self._share: Share | None = None
@@ -50,6 +50,7 @@ class Server:
         self._ready: deque[tuple[int, int]] = deque()
         self._interest: dict[int, int] = {}
         self._links_lock = threading.Lock()
+        self._unreported: deque[tuple[int, str]] = deque()
         self._condemned: deque[tuple[WorkerLink, str]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
@@ -94,8 +95,14 @@ class Server:
 
     def _breach(self, link: WorkerLink, text: str) -> None:
         self._log.error(f"worker {link.index} broke the broker protocol: {text}")
-        self._report_breach(link.index, text)
+        self._unreported.append((link.index, text))
         self._remove(link)
+        self._report()
+
+    def _report(self) -> None:
+        """Tell the supervisor of breaches: it ends those workers. What it does not take now comes again with the next tick."""
+        while self._unreported and self._report_breach(*self._unreported[0]):
+            self._unreported.popleft()
 
     def _update_interest(self, link: WorkerLink) -> None:
         """Read unless it is congested, wait for room if packets wait."""
@@ -142,6 +149,8 @@ class Server:
                 self._condemn(link, f"has not read its replies for {UNREAD_SECONDS:.0f} s")
         for link in self._changes.overdue(now):
             self._condemn(link, "has not acknowledged a new session")
+        if self._unreported:
+            os.eventfd_write(self._wake_fd, 1)
         self.share.paths.sweep(now)
 
     def _condemn(self, link: WorkerLink, text: str) -> None:
@@ -155,6 +164,7 @@ class Server:
             link, text = self._condemned.popleft()
             if not link.closed:
                 self._breach(link, text)
+        self._report()
 
     # --- pool.Work ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,93 @@
+"""The daemon as it really runs, with a frontend attached and files open: what each of its processes, and every thread, may do."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.frontend.daemon import Options
+from tests.support.frontend.fuse_client import ROOT
+from tests.support.frontend.serving import start
+from vfsd.sandbox.census import take_census
+
+pytestmark = pytest.mark.root
+
+BROKER_CAPABILITIES = {"CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "SETGID", "SETUID", "MKNOD", "SETFCAP"}
+SUPERVISOR_CAPABILITIES = {"SYS_ADMIN", "SYS_CHROOT", "SETPCAP", "SETUID", "SETGID", "KILL"}
+NOBODY = 65534
+
+
+@pytest.fixture(scope="module", params=["prefer", "never"])
+def running(request, tmp_path_factory):
+    """(handle mode, role -> censuses) of a daemon that serves two queues and has a file open."""
+    served = start(tmp_path_factory.mktemp("running"), Options(handles=request.param, request_queues=2), queues=3)
+    entry = served.client.write_file(ROOT, b"file", b"x")
+    served.client.open(entry.nodeid)
+    censuses = {"supervisor": [], "vfsd.broker": [], "vfsd.worker.control": [], "vfsd.worker": []}
+    for pid in served.daemon.pids():
+        censuses[role_of(pid, served.daemon.pid)].append(take_census(pid))
+    yield request.param, censuses
+    served.close()
+
+
+def role_of(pid: int, supervisor: int) -> str:
+    if pid == supervisor:
+        return "supervisor"
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return words[words.index(b"-m") + 1].decode()
+
+
+def test_there_is_one_of_each_and_a_worker_per_request_queue(running):
+    _mode, censuses = running
+    assert {role: len(found) for role, found in censuses.items()} == {
+        "supervisor": 1,
+        "vfsd.broker": 1,
+        "vfsd.worker.control": 1,
+        "vfsd.worker": 2,
+    }
+
+
+@pytest.mark.parametrize("role", ["vfsd.worker.control", "vfsd.worker"])
+def test_what_parses_guest_bytes_has_nothing(running, role):
+    _mode, censuses = running
+    ours = os.readlink("/proc/self/ns/net")
+    for process in censuses[role]:
+        for thread in process.threads:
+            assert thread.has_no_capability, (process.pid, thread)
+            assert set(thread.uids) == set(thread.gids) == {NOBODY}
+            assert thread.groups == ()
+            assert thread.no_new_privs
+            assert (thread.seccomp_mode, thread.seccomp_filters) == (2, 2)
+        assert process.root_entries == ()
+        assert process.namespaces["net"] != ours
+
+
+def test_the_broker_has_what_it_needs_and_no_more(running):
+    mode, censuses = running
+    wanted = BROKER_CAPABILITIES | ({"DAC_READ_SEARCH"} if mode == "prefer" else set())
+    (broker,) = censuses["vfsd.broker"]
+    for thread in broker.threads:
+        assert set(thread.permitted) == set(thread.effective) == wanted, thread
+        assert not (thread.inheritable)
+        assert not (thread.bounding)
+        assert not (thread.ambient)
+        assert thread.no_new_privs
+        assert thread.seccomp_mode == 2
+
+
+def test_the_supervisor_keeps_what_starting_workers_takes(running):
+    _mode, censuses = running
+    (supervisor,) = censuses["supervisor"]
+    for thread in supervisor.threads:
+        assert set(thread.permitted) == SUPERVISOR_CAPABILITIES
+        assert thread.seccomp_mode == 2
+
+
+def test_every_descriptor_of_a_worker_is_of_a_known_kind(running):
+    """Sockets and eventfds to its peers, guest memory, epoll, /dev/null, last words, the supervisor's pidfd, donated files."""
+    _mode, censuses = running
+    known = ("socket:", "anon_inode:[eventfd]", "anon_inode:[eventpoll]", "anon_inode:[pidfd]", "/memfd:", "/dev/null", "pipe:", "pidfd:")
+    for worker in censuses["vfsd.worker"]:
+        unknown = [target for target in worker.fds.values() if not target.startswith(known)]
+        assert all(target.endswith("/file") for target in unknown), unknown
+        assert len(unknown) <= 1
