@@ -41,7 +41,11 @@ def succeed(client, nodeid: int) -> None:
     client.release(nodeid, opened.fh)
 
 
-@pytest.mark.parametrize("act", [fail_by_the_broker, fail_in_the_worker, succeed])
+def list_with_attributes(client, _nodeid: int) -> None:
+    client.list(ROOT, plus=True)
+
+
+@pytest.mark.parametrize("act", [fail_by_the_broker, fail_in_the_worker, succeed, list_with_attributes])
 def test_requests_leave_no_memory_behind(fs, act):
     fs.put("file", b"contents")
     nodeid = fs.lookup(b"file")
