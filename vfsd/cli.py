@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import vfsd
-from vfsd.config import MAX_REQUEST_QUEUES, MAX_TAG_BYTES, HandleMode, Options
+from vfsd.config import MAX_REQUEST_QUEUES, MAX_TAG_BYTES, Features, HandleMode, Options
 from vfsd.errors import ConfigError
 from vfsd.log import ERROR, LEVELS, StderrLog
 
@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vfsd", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
     _add_endpoint_options(parser)
     _add_share_options(parser)
+    _add_feature_options(parser)
     _add_process_options(parser)
     return parser
 
@@ -112,6 +113,44 @@ def _add_share_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_feature_options(parser: argparse.ArgumentParser) -> None:
+    """What the guest may do beyond the plain operations."""
+    group = parser.add_argument_group("what the guest may do with it")
+    group.add_argument("--xattr", action=argparse.BooleanOptionalAction, default=False, help="extended attributes (default: off)")
+    group.add_argument(
+        "--xattrmap", metavar="RULES", help="keep the guest's extended attributes under other names, by these rules; implies --xattr"
+    )
+    group.add_argument(
+        "--posix-acl", nargs="?", const="on", default="off", choices=("auto", "on"), metavar="auto",
+        help="POSIX ACLs; implies --xattr. A guest that cannot is refused, with =auto served without (default: off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--security-label", nargs="?", const="on", default="off", choices=("auto", "on"), metavar="auto",
+        help="new files get the guest's security label; implies --xattr. =auto as above (default: off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--killpriv-v2", action=argparse.BooleanOptionalAction, default=False,
+        help="the host takes set-id bits and file capabilities away, which saves the guest a request per write (default: off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--posix-lock", action=argparse.BooleanOptionalAction, default=True,
+        help="POSIX record locks, shared with the host and other guests; without it they fail with ENOLCK (default: on)",
+    )  # fmt: skip
+    group.add_argument(
+        "--flock", action=argparse.BooleanOptionalAction, default=True,
+        help="flock(2), shared with the host and other guests; without it it fails with ENOLCK (default: on)",
+    )  # fmt: skip
+    group.add_argument("--readdirplus", action=argparse.BooleanOptionalAction, default=True, help="list with attributes (default: on)")
+    group.add_argument(
+        "--writeback", action="store_true", help="let the guest collect writes; only if nobody else changes the share's files"
+    )
+    group.add_argument("--allow-direct-io", action="store_true", help="O_DIRECT of the guest reaches the host's files")
+    group.add_argument(
+        "--allow-mmap", action="store_true", help="shared mappings also where the guest does not cache (--cache=never, metadata)"
+    )
+    group.add_argument("--preserve-noatime", action="store_true", help="O_NOATIME of the guest reaches the host's files")
+
+
 def _add_process_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the daemon itself")
     group.add_argument(
@@ -161,8 +200,27 @@ def parse_options(argv: Sequence[str]) -> Options:
         request_queues=found.num_request_queues,
         readonly=found.readonly,
         announce_submounts=found.announce_submounts,
+        features=_features(found),
+        xattrmap=found.xattrmap,
+        allow_direct_io=found.allow_direct_io,
+        preserve_noatime=found.preserve_noatime,
         rlimit_nofile=found.rlimit_nofile,
         log_level=LEVELS[found.log_level],
+    )
+
+
+def _features(found: argparse.Namespace) -> Features:
+    implied = found.xattrmap is not None or found.posix_acl != "off" or found.security_label != "off"
+    return Features(
+        xattr=found.xattr or implied,
+        posix_acl=found.posix_acl,
+        security_label=found.security_label,
+        killpriv_v2=found.killpriv_v2,
+        posix_lock=found.posix_lock,
+        flock=found.flock,
+        readdirplus=found.readdirplus,
+        writeback=found.writeback,
+        allow_mmap=found.allow_mmap,
     )
 
 

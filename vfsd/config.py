@@ -19,12 +19,28 @@ from vfsd.sandbox.lockdown import Confinement
 
 CacheMode = Literal["auto", "always", "metadata", "never"]
 SandboxMode = Literal["namespace", "chroot", "none"]
+Wish = Literal["off", "auto", "on"]  # auto: if the guest can; on: a guest that cannot is refused
 SeccompAction = Literal["kill", "log", "trap", "none"]
 HandleMode = Literal["never", "prefer", "mandatory"]
 
 MAX_TAG_BYTES = 36  # virtio 1.2, 5.11.4: the tag field of the configuration space
 MAX_REQUEST_QUEUES = 64
 DEFAULT_NOFILE = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """What is offered to the guest: the defaults are those of the command line."""
+
+    xattr: bool = False
+    posix_acl: Wish = "off"
+    security_label: Wish = "off"
+    killpriv_v2: bool = False
+    posix_lock: bool = True
+    flock: bool = True
+    readdirplus: bool = True
+    writeback: bool = False
+    allow_mmap: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +59,10 @@ class Options:
     request_queues: int
     readonly: bool
     announce_submounts: bool
+    features: Features
+    xattrmap: str | None
+    allow_direct_io: bool
+    preserve_noatime: bool
     rlimit_nofile: int | None  # None: the default, which may fall back to the hard limit; 0: leave the limit alone
     log_level: int
 
@@ -64,6 +84,10 @@ class BrokerConfig(RoleConfig):
     readonly: bool
     inode_file_handles: HandleMode
     announce_submounts: bool
+    posix_acl: bool
+    xattrmap: str | None
+    allow_direct_io: bool
+    preserve_noatime: bool
     nofile: int  # the limit of open files it runs under: the inode store's budget comes from it
 
 
@@ -79,6 +103,7 @@ class WorkerConfig(RoleConfig):
     control_fd: int
     broker_fd: int
     cache: CacheMode
+    features: Features
 
 
 Config = TypeVar("Config", bound=RoleConfig)
@@ -93,6 +118,8 @@ def unpack_config(kind: type[Config], packed: bytes) -> Config:
     # use_list=False: the tuples of a Confinement come back as the tuples they were
     values: dict[str, Any] = msgpack.unpackb(packed, use_list=False)
     values["confinement"] = Confinement(**values["confinement"])
+    if "features" in values:
+        values["features"] = Features(**values["features"])
     return kind(**values)
 
 

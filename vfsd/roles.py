@@ -53,6 +53,10 @@ class Roles:
             readonly=options.readonly,
             inode_file_handles=options.inode_file_handles,
             announce_submounts=options.announce_submounts,
+            posix_acl=options.features.posix_acl != "off",
+            xattrmap=options.xattrmap,
+            allow_direct_io=options.allow_direct_io,
+            preserve_noatime=options.preserve_noatime,
             nofile=self.nofile,
         )
 
@@ -78,6 +82,7 @@ class Roles:
             control_fd=control_fd,
             broker_fd=broker_fd,
             cache=self.options.cache,
+            features=self.options.features,
         )
 
     def supervisor(self) -> Confinement:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from vfsd.config import BrokerConfig, ControlConfig, WorkerConfig, config_memfd, pack_config, read_config, unpack_config
+from vfsd.config import BrokerConfig, ControlConfig, Features, WorkerConfig, config_memfd, pack_config, read_config, unpack_config
 from vfsd.sandbox.lockdown import Confinement
 
 CONFINEMENT = Confinement(
@@ -21,10 +21,21 @@ CONFINEMENT = Confinement(
 )
 COMMON = {"channel_fd": 5, "supervisor_pidfd": 7, "confinement": CONFINEMENT, "sandbox": "namespace", "log_level": 3}
 CONFIGS = [
-    BrokerConfig(**COMMON, shared_dir=b"/sr\xff v", readonly=True, inode_file_handles="prefer", announce_submounts=False, nofile=20000),
+    BrokerConfig(
+        **COMMON,
+        shared_dir=b"/sr\xff v",
+        readonly=True,
+        inode_file_handles="prefer",
+        announce_submounts=False,
+        posix_acl=True,
+        xattrmap=":map::user.:",
+        allow_direct_io=True,
+        preserve_noatime=False,
+        nofile=20000,
+    ),
     ControlConfig(**COMMON, tag=b"my\xfftag", request_queues=4),
     ControlConfig(**COMMON, tag=None, request_queues=1),
-    WorkerConfig(**COMMON, index=3, control_fd=8, broker_fd=9, cache="auto"),
+    WorkerConfig(**COMMON, index=3, control_fd=8, broker_fd=9, cache="auto", features=Features(posix_acl="auto", flock=False)),
 ]
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from vfsd.broker import credentials as module
-from vfsd.broker.credentials import CAP_DAC_OVERRIDE, EXIT_CREDENTIALS_LOST, Credentials
+from vfsd.broker.credentials import CAP_DAC_OVERRIDE, EXIT_CREDENTIALS_LOST, Caller, Credentials
 from vfsd.sandbox import capabilities, filecalls
 
 NEEDED = ("CHOWN", "DAC_OVERRIDE", "FSETID", "SETUID", "SETGID")
@@ -48,7 +48,7 @@ def credentials():
 def as_user(credentials, uid, gid, call):
     def run():
         before = status()
-        with credentials.of_caller(uid, gid):
+        with credentials.of_caller(Caller(uid, gid)):
             result = call()
         assert status() == before
         return result
@@ -81,7 +81,7 @@ def test_other_threads_stay_as_they_are(credentials):
     inside, leave, seen = threading.Event(), threading.Event(), []
 
     def hold():
-        with credentials.of_caller(1000, 1000):
+        with credentials.of_caller(Caller(1000, 1000)):
             inside.set()
             leave.wait(20)
 
@@ -119,7 +119,7 @@ def as_user_error(credentials, tmp_path):
     def run():
         before = status()
         try:
-            with credentials.of_caller(1000, 1000):
+            with credentials.of_caller(Caller(1000, 1000)):
                 os.mkdir(tmp_path / "missing" / "dir")
         finally:
             assert status() == before
@@ -130,7 +130,7 @@ def as_user_error(credentials, tmp_path):
 def test_without_the_capabilities_nobody_is_switched(monkeypatch):
     monkeypatch.setattr(filecalls, "set_thread_gid", None)
     monkeypatch.setattr(filecalls, "set_thread_uid", None)
-    with Credentials(None).of_caller(1000, 1000):
+    with Credentials(None).of_caller(Caller(1000, 1000)):
         assert os.geteuid() == os.getuid()
 
 
@@ -158,7 +158,7 @@ class Kernel:
 
 def test_ids_that_the_host_refuses_are_an_error_and_undone(monkeypatch):
     kernel = Kernel(monkeypatch, fail=[("set_thread_uid", 1000)])
-    with pytest.raises(OSError, match="refused"), Credentials(0b11).of_caller(1000, 1001):
+    with pytest.raises(OSError, match="refused"), Credentials(0b11).of_caller(Caller(1000, 1001)):
         pytest.fail("the block was entered")
     assert kernel.calls[-1] == ("set_thread_gid", 0)
     assert ("set_thread_uid", 0) in kernel.calls
@@ -167,7 +167,7 @@ def test_ids_that_the_host_refuses_are_an_error_and_undone(monkeypatch):
 @pytest.mark.parametrize("lost", [("set_thread_uid", 0), ("set_thread_gid", 0), ("set_thread_effective_capabilities", 3, 3)])
 def test_a_thread_that_cannot_return_ends_the_broker(monkeypatch, lost):
     kernel = Kernel(monkeypatch, fail=[lost])
-    with pytest.raises(SystemExit), Credentials(0b11).of_caller(1000, 1001):
+    with pytest.raises(SystemExit), Credentials(0b11).of_caller(Caller(1000, 1001)):
         pass
     assert kernel.calls[-1] == ("exit", EXIT_CREDENTIALS_LOST)
 
@@ -175,6 +175,6 @@ def test_a_thread_that_cannot_return_ends_the_broker(monkeypatch, lost):
 @pytest.mark.parametrize(("uid", "gid"), [(0xFFFFFFFF, 1000), (1000, 0xFFFFFFFF), (0, 0xFFFFFFFF)])
 def test_minus_one_is_nobody_and_not_ourselves(uid, gid):
     """setresuid(2) takes it for "leave it", so what the guest makes would be root's."""
-    with pytest.raises(OSError) as refused, Credentials(0).of_caller(uid, gid):
+    with pytest.raises(OSError) as refused, Credentials(0).of_caller(Caller(uid, gid)):
         pytest.fail("it became somebody")
     assert refused.value.errno == errno.EINVAL

@@ -61,6 +61,10 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
         config.announce_submounts,
         path_fds,
         config.nofile - min(_OWN_FDS, config.nofile // 2) - path_fds,
+        posix_acl=config.posix_acl,
+        xattrmap=config.xattrmap,
+        allow_direct_io=config.allow_direct_io,
+        preserve_noatime=config.preserve_noatime,
     )
     server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.notify, closer))
     # No request makes cycles (see errors.drop_traceback), and a collection over a million inodes would be a pause that every guest feels.

@@ -1,6 +1,6 @@
 """Handlers of open files and directories: open, create, hand out again, sync, allocate, release.
 
-A worker gets descriptors of regular files and directories only, opened with the flags in `_OPEN_FLAGS` and no others.
+A worker gets descriptors of regular files and directories only, opened with the flags in `Settings.open_flags` and no others.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import os
 
 from vfsd.broker.answer_names import check_name, look_up
 from vfsd.broker.answers import NOTHING, Answer, Call, Granted
+from vfsd.broker.credentials import caller_of
 from vfsd.broker.inode_store import Pin
 from vfsd.broker.share import Entry, Share
 from vfsd.errors import ReplyErrno
 from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
-from vfsd.wire.broker_messages import Create, FAllocate, Fetch, Flush, FSync, Open, OpenDir, Release
+from vfsd.wire.broker_messages import Create, FAllocate, Fetch, Flush, FSync, Ioctl, Open, OpenDir, Release, TmpFile
 
-# What of the guest's flags reaches the host. O_APPEND does not: descriptions are shared, each write says whether it appends.
-# O_DIRECT and O_NOATIME do not: the Rust daemon's default too.
-_OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
 _REFUSED_FLAGS = os.O_CREAT | (os.O_TMPFILE & ~os.O_DIRECTORY)
 _READ_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
+_UNNAMED_FILE = os.O_TMPFILE | os.O_CLOEXEC
 _NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # linux/falloc.h, without NO_HIDE_STALE (4), which no file system has: as the filter allows it.
 _KEEP_SIZE, _PUNCH_HOLE, _COLLAPSE_RANGE, _ZERO_RANGE, _INSERT_RANGE, _UNSHARE_RANGE = 1, 2, 8, 16, 32, 64
@@ -39,7 +38,7 @@ def _open_existing(share: Share, call: Call, inode: Pin, flags: int) -> Answer:
     _refuse_writing(share, flags)
     if inode.is_directory and flags & os.O_ACCMODE != os.O_RDONLY:
         raise ReplyErrno(errno.EISDIR)
-    return _keep(share, call, inode, share.open_inode(inode, flags & _OPEN_FLAGS))
+    return _keep(share, call, inode, share.open_inode(inode, flags & share.settings.open_flags))
 
 
 def _refuse_writing(share: Share, flags: int) -> None:
@@ -78,23 +77,37 @@ def answer_create(share: Share, call: Call, message: Create) -> Answer:
         made = _create(share, parent, message)
         if made is None:
             return _open_found(share, call, parent, message)
-        try:
-            entry = share.adopt(call.session, share.path_again(made.fileno()), parent)
-            return _created(share, call, entry, made)
-        finally:
-            made.close()
+        return _adopt_created(share, call, parent, made)
 
 
 def _create(share: Share, parent: Pin, message: Create) -> OwnedFd | None:
     """The new file's descriptor, None if the name exists and may."""
-    flags = message.flags & _OPEN_FLAGS & ~os.O_TRUNC | _NEW_FILE
+    flags = message.flags & share.settings.open_flags & ~os.O_TRUNC | _NEW_FILE
     try:
-        with share.path_of(parent) as directory, share.credentials.of_caller(message.uid, message.gid):
+        with share.path_of(parent) as directory, share.credentials.of_caller(caller_of(message)):
             return OwnedFd(os.open(message.name, flags, message.mode & 0o7777, dir_fd=directory.fd))
     except FileExistsError:
         if message.flags & os.O_EXCL:
             raise
         return None
+
+
+def answer_tmpfile(share: Share, call: Call, message: TmpFile) -> Answer:
+    """A file without a name, made as the caller; with O_EXCL it never gets one."""
+    if message.flags & os.O_ACCMODE == os.O_RDONLY:
+        raise ReplyErrno(errno.EINVAL)
+    flags = message.flags & (share.settings.open_flags | os.O_EXCL) & ~os.O_TRUNC | _UNNAMED_FILE
+    with share.store.pin(message.parent, call.session) as parent:
+        with share.path_of(parent) as directory, share.credentials.of_caller(caller_of(message)):
+            made = OwnedFd(os.open(b".", flags, message.mode & 0o7777, dir_fd=directory.fd))
+        return _adopt_created(share, call, parent, made)
+
+
+def _adopt_created(share: Share, call: Call, parent: Pin, made: OwnedFd) -> Answer:
+    """Make a new, open file known to the guest, as an inode and as an open file. Takes over `made`."""
+    with made:
+        entry = share.adopt(call.session, share.path_again(made.fileno()), parent)
+        return _created(share, call, entry, made)
 
 
 def _created(share: Share, call: Call, entry: Entry, made: OwnedFd) -> Answer:
@@ -152,3 +165,17 @@ def answer_fallocate(share: Share, call: Call, message: FAllocate) -> Answer:
     with share.files.pin(message.nodeid, message.fh, call.session) as opened:
         filecalls.fallocate(opened.fd.fileno(), message.mode, message.offset, message.length)
     return NOTHING
+
+
+def answer_ioctl(share: Share, call: Call, message: Ioctl) -> Answer:
+    """Inode flags and project ids, and nothing else: ENOTTY, as from a file that does not know the command."""
+    size = filecalls.IOCTL_BYTES.get(message.command)
+    if size is None:
+        raise ReplyErrno(errno.ENOTTY)
+    if message.command in filecalls.IOCTLS_THAT_WRITE:
+        if share.settings.readonly:
+            raise ReplyErrno(errno.EROFS)
+        if len(message.argument) != size:
+            raise ReplyErrno(errno.EINVAL)
+    with share.files.pin(message.nodeid, message.fh, call.session) as opened:
+        return Answer([filecalls.ioctl(opened.fd.fileno(), message.command, message.argument)])

@@ -8,12 +8,12 @@ import os
 from vfsd.broker.answers import NOTHING, Answer, Call, Granted
 from vfsd.broker.inode_store import Pin
 from vfsd.broker.path_fds import PathFd
-from vfsd.broker.share import Share, encode_attr
+from vfsd.broker.share import Share, encode_attr, encode_statx
 from vfsd.errors import ReplyErrno
 from vfsd.sandbox import filecalls
 from vfsd.sandbox.filecalls import UTIME_NOW, UTIME_OMIT
 from vfsd.wire import attr
-from vfsd.wire.broker_messages import TRAIT_SLOW, Access, Forget, GetAttr, ReadLink, SetAttr, StatFs, SyncFs
+from vfsd.wire.broker_messages import TRAIT_SLOW, Access, Forget, GetAttr, ReadLink, SetAttr, StatFs, StatX, SyncFs
 
 _KEEP = 0xFFFFFFFF  # (uid_t)-1: chown leaves it as it is
 _U64 = (1 << 64) - 1
@@ -108,6 +108,12 @@ def _permits(path: PathFd, message: Access) -> bool:
         return not message.mask & _EXECUTE or is_directory or bool(seen.mode & 0o111)
     shift = 6 if message.uid == seen.uid else 3 if message.gid == seen.gid else 0
     return message.mask & ~(seen.mode >> shift) & 7 == 0
+
+
+def answer_statx(share: Share, call: Call, message: StatX) -> Answer:
+    """All that statx(2) says, the birth time too, which the attribute record has no place for."""
+    with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
+        return Answer([encode_statx(path.statx())])
 
 
 def answer_syncfs(share: Share, call: Call, message: SyncFs) -> Answer:

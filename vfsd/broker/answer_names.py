@@ -11,6 +11,7 @@ import os
 import stat
 
 from vfsd.broker.answers import NOTHING, Answer, Call
+from vfsd.broker.credentials import caller_of
 from vfsd.broker.inode_store import ROOT_NODEID, Pin
 from vfsd.broker.path_fds import PathFd
 from vfsd.broker.share import Entry, Share
@@ -75,7 +76,7 @@ def _look_up_in(share: Share, call: Call, parent: Pin, directory: PathFd, name: 
 def answer_mkdir(share: Share, call: Call, message: MkDir) -> Answer:
     check_name(message.name)
     with share.store.pin(message.parent, call.session) as parent, share.path_of(parent) as directory:
-        with share.credentials.of_caller(message.uid, message.gid):
+        with share.credentials.of_caller(caller_of(message)):
             os.mkdir(message.name, message.mode & _PERMISSIONS, dir_fd=directory.fd)
         return Answer([*_look_up_in(share, call, parent, directory, message.name)])
 
@@ -83,7 +84,7 @@ def answer_mkdir(share: Share, call: Call, message: MkDir) -> Answer:
 def answer_mknod(share: Share, call: Call, message: MkNod) -> Answer:
     check_name(message.name)
     with share.store.pin(message.parent, call.session) as parent, share.path_of(parent) as directory:
-        with share.credentials.of_caller(message.uid, message.gid):
+        with share.credentials.of_caller(caller_of(message)):
             _make_node(directory, message)
         return Answer([*_look_up_in(share, call, parent, directory, message.name)])
 
@@ -105,7 +106,7 @@ def answer_symlink(share: Share, call: Call, message: SymLink) -> Answer:
     if b"\0" in message.target:
         raise ReplyErrno(errno.EINVAL)
     with share.store.pin(message.parent, call.session) as parent, share.path_of(parent) as directory:
-        with share.credentials.of_caller(message.uid, message.gid):
+        with share.credentials.of_caller(caller_of(message)):
             os.symlink(message.target, message.name, dir_fd=directory.fd)
         return Answer([*_look_up_in(share, call, parent, directory, message.name)])
 

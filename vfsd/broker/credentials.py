@@ -12,14 +12,41 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 from vfsd.sandbox import filecalls
 
 CAP_DAC_OVERRIDE = 1 << 1
 EXIT_CREDENTIALS_LOST = 70
 _NOBODY_AT_ALL = 0xFFFFFFFF  # (uid_t)-1, which setresuid(2) takes for "leave it": the file would be root's
+
+
+class Caller(NamedTuple):
+    """Who makes a file. `umask` 0: the guest has applied its own; `groups`: supplementary ones."""
+
+    uid: int
+    gid: int
+    umask: int = 0
+    groups: Sequence[int] = ()
+
+
+class Making(Protocol):
+    """A message that makes a file."""
+
+    @property
+    def umask(self) -> int: ...
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def groups(self) -> Sequence[int]: ...
+
+
+def caller_of(message: Making) -> Caller:
+    return Caller(message.uid, message.gid, message.umask, message.groups)
 
 
 class Credentials:
@@ -29,16 +56,19 @@ class Credentials:
         self._permitted = permitted
 
     @contextmanager
-    def of_caller(self, uid: int, gid: int) -> Iterator[None]:
-        """Be (uid, gid) on this thread inside the block. OSError if the host refuses the ids."""
+    def of_caller(self, caller: Caller) -> Iterator[None]:
+        """Be the caller on this thread inside the block. OSError if the host refuses the ids."""
+        uid, gid, umask, _groups = caller
         if _NOBODY_AT_ALL in (uid, gid):
             raise OSError(errno.EINVAL, "not a uid or gid")
         if self._permitted is None or (uid == 0 and gid == 0):
-            yield
+            with _umask(umask):
+                yield
             return
         self._become(uid, gid, self._permitted)
         try:
-            yield
+            with _umask(umask):
+                yield
         finally:
             self._return(uid, self._permitted)
 
@@ -61,3 +91,16 @@ class Credentials:
             filecalls.set_thread_gid(0)
         except OSError:
             os._exit(EXIT_CREDENTIALS_LOST)
+
+
+@contextmanager
+def _umask(umask: int) -> Iterator[None]:
+    """The thread's umask inside the block: the host's default ACLs decide whether it applies."""
+    if not umask:
+        yield
+        return
+    os.umask(umask)
+    try:
+        yield
+    finally:
+        os.umask(0)

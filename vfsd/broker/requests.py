@@ -41,6 +41,7 @@ HANDLERS: dict[type[Any], Row] = {
     messages.Open: Row(files.answer_open, writes=False),  # by its flags: see _refuse_writing
     messages.OpenDir: Row(files.answer_opendir, writes=False),
     messages.Create: Row(files.answer_create, writes=True),
+    messages.TmpFile: Row(files.answer_tmpfile, writes=True),
     messages.Release: Row(files.answer_release, writes=False),
     messages.Fetch: Row(files.answer_fetch, writes=False),
     messages.StatFs: Row(inodes.answer_statfs, writes=False),
@@ -49,4 +50,6 @@ HANDLERS: dict[type[Any], Row] = {
     messages.FAllocate: Row(files.answer_fallocate, writes=True),
     messages.Access: Row(inodes.answer_access, writes=False),
     messages.SyncFs: Row(inodes.answer_syncfs, writes=False),
+    messages.StatX: Row(inodes.answer_statx, writes=False),
+    messages.Ioctl: Row(files.answer_ioctl, writes=False),  # by its command
 }

@@ -25,10 +25,11 @@ from vfsd.errors import ReplyErrno
 from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
 from vfsd.sandbox.filecalls import Statx
-from vfsd.wire.attr import ATTR, ATTR_SUBMOUNT, encode_rdev
+from vfsd.wire.attr import ATTR, ATTR_SUBMOUNT, STATX, encode_rdev
 from vfsd.wire.broker_messages import TRAIT_FLUSH, DropFile, DropNode, Notice
 
 _NO_FD = -1
+_STATX_TOLD = filecalls.STATX_BASIC_STATS | filecalls.STATX_BTIME  # mount ids of the host are not the guest's business
 _REOPEN_AS_PATH = os.O_PATH | os.O_CLOEXEC
 
 
@@ -47,12 +48,34 @@ class Settings(NamedTuple):
     announce_submounts: bool
     path_fd_budget: int
     most_guest_fds: int  # descriptors that a guest may make the broker hold: open files, and inodes without a handle
+    posix_acl: bool = False
+    xattrmap: str | None = None
+    allow_direct_io: bool = False
+    preserve_noatime: bool = False
+
+    @property
+    def open_flags(self) -> int:
+        """What of the guest's open flags reaches the host.
+
+        O_APPEND does not: descriptions are shared, each write says whether it appends. O_DIRECT and O_NOATIME do if the
+        user says so: the Rust daemon's default too.
+        """
+        direct = os.O_DIRECT if self.allow_direct_io else 0
+        return os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | direct | (os.O_NOATIME if self.preserve_noatime else 0)
 
 
 def encode_attr(seen: Statx, flags: int = 0) -> bytes:
     return ATTR.pack(
         seen.ino, seen.size, seen.blocks, seen.atime, seen.mtime, seen.ctime, seen.atime_nsec, seen.mtime_nsec, seen.ctime_nsec,
         seen.mode, seen.nlink, seen.uid, seen.gid, encode_rdev(seen.rdev_major, seen.rdev_minor), seen.blksize, flags,
+    )  # fmt: skip
+
+
+def encode_statx(seen: Statx) -> bytes:
+    return STATX.pack(
+        seen.mask & _STATX_TOLD, seen.blksize, seen.attributes, seen.nlink, seen.uid, seen.gid, seen.mode, seen.ino, seen.size, seen.blocks,
+        seen.attributes_mask, seen.atime, seen.atime_nsec, seen.btime, seen.btime_nsec, seen.ctime, seen.ctime_nsec,
+        seen.mtime, seen.mtime_nsec, seen.rdev_major, seen.rdev_minor, seen.dev_major, seen.dev_minor,
     )  # fmt: skip
 
 

@@ -23,6 +23,14 @@ UTIME_OMIT = (1 << 30) - 2
 
 MAX_ENTRIES_BYTES = 64 * 1024  # of one getdents64
 HANDLE_BYTES_MAX = 128  # MAX_HANDLE_SZ
+
+# The commands that pass, and the size of each one's argument: linux/fs.h. Inode flags (chattr), project ids (struct fsxattr).
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR = 0x801C581F, 0x401C5820
+IOCTL_BYTES = {FS_IOC_GETFLAGS: 4, FS_IOC_SETFLAGS: 4, FS_IOC_FSGETXATTR: 28, FS_IOC_FSSETXATTR: 28}
+IOCTLS_THAT_WRITE = frozenset({FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR})
+_IOCTL_ROOM = 32
+
 _HANDLE_HEADER = struct.Struct("<Ii")  # struct file_handle: handle_bytes, handle_type; the bytes follow
 
 # Calls that libc does not make as they are: it adds a path (fstat), changes all threads (setresuid), or takes another call
@@ -36,6 +44,7 @@ _NUMBERS = {
         "capset": 126,
         "fchownat": 260,
         "renameat2": 316,
+        "ioctl": 16,
     },
     "aarch64": {
         "fstat": 80,
@@ -45,6 +54,7 @@ _NUMBERS = {
         "capset": 91,
         "fchownat": 54,
         "renameat2": 276,
+        "ioctl": 29,
     },
 }
 _MACHINE = platform.machine()
@@ -190,6 +200,14 @@ def open_by_handle_at(mount_fd: int, handle: bytes, flags: int) -> int:
     if fd < 0:
         _raise()
     return fd
+
+
+def ioctl(fd: int, command: int, argument: bytes) -> bytes:
+    """A command of IOCTL_BYTES; returns its argument as the kernel left it."""
+    buffer = ctypes.create_string_buffer(argument, _IOCTL_ROOM)  # one size for all: see getdents64
+    if _syscall(_NR["ioctl"], fd, ctypes.c_ulong(command), buffer) < 0:
+        _raise()
+    return buffer.raw[: IOCTL_BYTES[command]]
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

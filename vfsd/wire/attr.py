@@ -6,11 +6,16 @@ the broker needs no FUSE codec. The broker writes it from statx(2); a worker wri
 
 from __future__ import annotations
 
-import struct
+from struct import Struct
 
 # ino, size, blocks; atime, mtime, ctime (s); atime, mtime, ctime (ns); mode, nlink, uid, gid, rdev, blksize, flags
-ATTR = struct.Struct("<QQQqqqIIIIIIIIII")
+ATTR = Struct("<QQQqqqIIIIIIIIII")
 ATTR_BYTES = ATTR.size
+
+# The kernel's `struct fuse_statx`: mask, blksize, attributes, nlink, uid, gid, mode, ino, size, blocks, attributes_mask;
+# atime, btime, ctime, mtime (s, ns each); rdev major, minor, dev major, minor. Room that it keeps for later is zero.
+STATX = Struct("<IIQIIIH2xQQQQ" + "qI4x" * 4 + "IIII112x")
+STATX_BYTES = STATX.size
 
 ATTR_SUBMOUNT = 1  # flags: another file system begins here; the guest gives it a device number of its own
 

@@ -16,12 +16,13 @@ Imports nothing but errors and attr; does no I/O.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import msgpack
 
 from vfsd.errors import WorkerBreach
-from vfsd.wire.attr import ATTR_BYTES, SET_ALL
+from vfsd.wire.attr import ATTR_BYTES, SET_ALL, STATX_BYTES
 
 PROTOCOL_VERSION = 1
 
@@ -33,6 +34,10 @@ MAX_NAME_BYTES = 255  # NAME_MAX
 MAX_TARGET_BYTES = 4095  # PATH_MAX less its NUL
 MAX_NAMES_PER_LOOKUP = 200  # names times NAME_MAX stay below MAX_PACKET_BYTES, and so do their entries
 MAX_FORGETS = 2048  # pairs in one Forget
+MAX_GROUPS = 4096  # supplementary groups of one caller; Linux sends one
+MAX_XATTR_BYTES = 65536  # XATTR_SIZE_MAX, XATTR_LIST_MAX
+MAX_LABEL_BYTES = 4096  # of a security context; the kernel's own contexts fit a page
+MAX_IOCTL_BYTES = 32  # the largest argument of an ioctl that is passed on (struct fsxattr: 28)
 
 _U32 = (1 << 32) - 1
 _U64 = (1 << 64) - 1
@@ -101,7 +106,10 @@ BOOL = Uint(1)
 NSEC = Uint(999_999_999)
 NAME = Bin(0, MAX_NAME_BYTES)  # what may stand in a name is the broker's check: a bad one is the guest's error, not a breach
 ATTR_RECORD = Bin(ATTR_BYTES, ATTR_BYTES)
+STATX_RECORD = Bin(STATX_BYTES, STATX_BYTES)
 MODE = Uint(0o177777)
+UMASK = Uint(0o777)
+XATTR_VALUE = Bin(0, MAX_XATTR_BYTES)
 
 
 class Hello(NamedTuple):
@@ -164,6 +172,7 @@ class SetAttr(NamedTuple):
     mode: int
     uid: int
     gid: int
+    kill: int = 0
 
 
 class ReadLink(NamedTuple):
@@ -171,11 +180,19 @@ class ReadLink(NamedTuple):
 
 
 class SymLink(NamedTuple):
+    """Messages that make a file end with who makes it (`umask` 0 where the guest has applied its own) and a security label:
+    an extended attribute's name and value, empty if there is none.
+    """
+
     parent: int
     name: bytes
     target: bytes
     uid: int
     gid: int
+    umask: int = 0
+    groups: Sequence[int] = ()
+    label_name: bytes = b""
+    label: bytes = b""
 
 
 class MkNod(NamedTuple):
@@ -185,6 +202,10 @@ class MkNod(NamedTuple):
     rdev: int
     uid: int
     gid: int
+    umask: int = 0
+    groups: Sequence[int] = ()
+    label_name: bytes = b""
+    label: bytes = b""
 
 
 class MkDir(NamedTuple):
@@ -193,6 +214,10 @@ class MkDir(NamedTuple):
     mode: int
     uid: int
     gid: int
+    umask: int = 0
+    groups: Sequence[int] = ()
+    label_name: bytes = b""
+    label: bytes = b""
 
 
 class Unlink(NamedTuple):
@@ -220,8 +245,11 @@ class Link(NamedTuple):
 
 
 class Open(NamedTuple):
+    """`kill`: what truncates takes the set-id bits away, as the caller has no CAP_FSETID; so in other messages."""
+
     nodeid: int
     flags: int
+    kill: int = 0
 
 
 class OpenDir(NamedTuple):
@@ -235,6 +263,23 @@ class Create(NamedTuple):
     mode: int
     uid: int
     gid: int
+    umask: int = 0
+    groups: Sequence[int] = ()
+    label_name: bytes = b""
+    label: bytes = b""
+    kill: int = 0
+
+
+class TmpFile(NamedTuple):
+    """A file without a name, in the directory's file system."""
+
+    parent: int
+    flags: int
+    mode: int
+    uid: int
+    gid: int
+    umask: int = 0
+    groups: Sequence[int] = ()
 
 
 class Release(NamedTuple):
@@ -260,8 +305,11 @@ class FSync(NamedTuple):
 
 
 class Flush(NamedTuple):
+    """A close(2) in the guest: runs the file system's flush method, and drops the POSIX locks of `owner` on the inode."""
+
     nodeid: int
     fh: int
+    owner: int = 0
 
 
 class FAllocate(NamedTuple):
@@ -270,6 +318,15 @@ class FAllocate(NamedTuple):
     mode: int
     offset: int
     length: int
+    kill: int = 0
+
+
+class AfterWrite(NamedTuple):
+    """A worker, who is nobody, wrote to a file that had these set-id bits, on behalf of somebody whose write leaves them."""
+
+    nodeid: int
+    fh: int
+    set_id_bits: int
 
 
 class Access(NamedTuple):
@@ -281,6 +338,73 @@ class Access(NamedTuple):
 
 class SyncFs(NamedTuple):
     nodeid: int
+
+
+class StatX(NamedTuple):
+    nodeid: int
+
+
+class GetXattr(NamedTuple):
+    """The whole value: whether it fits the guest's buffer is the worker's to say."""
+
+    nodeid: int
+    name: bytes
+
+
+class SetXattr(NamedTuple):
+    """`kill_sgid`: setting this ACL takes the set-group-id bit away."""
+
+    nodeid: int
+    name: bytes
+    value: bytes
+    flags: int
+    kill_sgid: int
+
+
+class ListXattr(NamedTuple):
+    nodeid: int
+
+
+class RemoveXattr(NamedTuple):
+    nodeid: int
+    name: bytes
+
+
+class GetLock(NamedTuple):
+    """Answered by the first lock that would conflict, or kind F_UNLCK."""
+
+    nodeid: int
+    fh: int
+    owner: int
+    start: int
+    end: int
+    kind: int
+
+
+class SetLock(NamedTuple):
+    """`flock`: of the open file itself, the range without meaning. `wait`: answered when the lock is granted."""
+
+    nodeid: int
+    fh: int
+    owner: int
+    start: int
+    end: int
+    kind: int
+    flock: int
+    wait: int
+
+
+class CancelLock(NamedTuple):
+    """The worker no longer wants the lock that it asked for by that request."""
+
+    request_id: int
+
+
+class Ioctl(NamedTuple):
+    nodeid: int
+    fh: int
+    command: int
+    argument: bytes
 
 
 class SessionNotice(NamedTuple):
@@ -304,8 +428,9 @@ class DropNode(NamedTuple):
 
 Request = (
     Hello | SessionStart | SessionEnd | SessionAck | Lookup | LookupMany | Forget | GetAttr | SetAttr | ReadLink | SymLink
-    | MkNod | MkDir | Unlink | RmDir | Rename | Link | Open | OpenDir | Create | Release | Fetch | StatFs | FSync | Flush
-    | FAllocate | Access | SyncFs
+    | MkNod | MkDir | Unlink | RmDir | Rename | Link | Open | OpenDir | Create | TmpFile | Release | Fetch | StatFs | FSync
+    | Flush | FAllocate | AfterWrite | Access | SyncFs | StatX | GetXattr | SetXattr | ListXattr | RemoveXattr | GetLock
+    | SetLock | CancelLock | Ioctl
 )  # fmt: skip
 Notice = SessionNotice | DropFile | DropNode
 
@@ -324,6 +449,10 @@ class Spec(NamedTuple):
 
 _ENTRY = (U64, ATTR_RECORD)  # nodeid, attr
 _OPENED = (U64, U32, U64)  # fh, traits, mount key
+_CALLER = (U32, U32, UMASK, ListOf(U32, 0, MAX_GROUPS))  # uid, gid, umask, supplementary groups
+_LABEL = (NAME, Bin(0, MAX_LABEL_BYTES))
+_RANGE = (OFFSET, OFFSET)  # first and last byte; the highest offset means to the end, however far that is
+_LOCK_KIND = Uint(2)  # F_RDLCK, F_WRLCK, F_UNLCK
 
 REQUESTS = (
     Spec(1, Hello, (U32,), (U64, U64), 0, in_session=False, resembles="–"),
@@ -335,34 +464,54 @@ REQUESTS = (
     Spec(12, Forget, (ListOf(U64, 2, 2 * MAX_FORGETS, 2),), None, 0, in_session=True, resembles="close"),
     Spec(13, GetAttr, (U64,), (ATTR_RECORD,), 1, in_session=True, resembles="statx"),
     Spec(
-        14, SetAttr, (U64, U64, Uint(SET_ALL), OFFSET, Int64(), Int64(), NSEC, NSEC, MODE, U32, U32), (ATTR_RECORD,), 0,
+        14, SetAttr, (U64, U64, Uint(SET_ALL), OFFSET, Int64(), Int64(), NSEC, NSEC, MODE, U32, U32, BOOL), (ATTR_RECORD,), 0,
         in_session=True, resembles="fchmodat, fchownat, ftruncate, utimensat, statx",
     ),
     Spec(15, ReadLink, (U64,), (Bin(0, MAX_TARGET_BYTES + 1),), 0, in_session=True, resembles="readlinkat"),
-    Spec(16, SymLink, (U64, NAME, Bin(0, MAX_TARGET_BYTES), U32, U32), _ENTRY, 0, in_session=True, resembles="symlinkat"),
-    Spec(17, MkNod, (U64, NAME, MODE, U32, U32, U32), _ENTRY, 0, in_session=True, resembles="mknodat"),
-    Spec(18, MkDir, (U64, NAME, MODE, U32, U32), _ENTRY, 0, in_session=True, resembles="mkdirat"),
+    Spec(16, SymLink, (U64, NAME, Bin(0, MAX_TARGET_BYTES), *_CALLER, *_LABEL), _ENTRY, 0, in_session=True, resembles="symlinkat"),
+    Spec(17, MkNod, (U64, NAME, MODE, U32, *_CALLER, *_LABEL), _ENTRY, 0, in_session=True, resembles="mknodat"),
+    Spec(18, MkDir, (U64, NAME, MODE, *_CALLER, *_LABEL), _ENTRY, 0, in_session=True, resembles="mkdirat"),
     Spec(19, Unlink, (U64, NAME), (), 0, in_session=True, resembles="unlinkat"),
     Spec(20, RmDir, (U64, NAME), (), 0, in_session=True, resembles="unlinkat(AT_REMOVEDIR)"),
     Spec(21, Rename, (U64, NAME, U64, NAME, U32), (), 0, in_session=True, resembles="renameat2"),
     Spec(22, Link, (U64, U64, NAME), _ENTRY, 0, in_session=True, resembles="linkat"),
-    Spec(23, Open, (U64, U32), _OPENED, 1, in_session=True, resembles="open_by_handle_at or openat(/proc/self/fd)"),
+    Spec(23, Open, (U64, U32, BOOL), _OPENED, 1, in_session=True, resembles="open_by_handle_at or openat(/proc/self/fd)"),
     Spec(24, OpenDir, (U64,), _OPENED, 1, in_session=True, resembles='openat(".", O_DIRECTORY)'),
-    Spec(25, Create, (U64, NAME, U32, MODE, U32, U32), _ENTRY + _OPENED, 1, in_session=True, resembles="openat(O_CREAT|O_EXCL)"),
+    Spec(
+        25, Create, (U64, NAME, U32, MODE, *_CALLER, *_LABEL, BOOL), _ENTRY + _OPENED, 1,
+        in_session=True, resembles="openat(O_CREAT|O_EXCL)",
+    ),
     Spec(26, Release, (U64, U64), None, 0, in_session=True, resembles="close"),
     Spec(27, Fetch, (U64, U64), (U32, U64), 1, in_session=True, resembles='dup; of a directory openat(".")'),
     Spec(28, StatFs, (U64,), (U64,) * 5 + (U32,) * 3, 0, in_session=True, resembles="fstatfs"),
     Spec(29, FSync, (U64, U64, BOOL), (), 0, in_session=True, resembles="fsync, fdatasync"),
-    Spec(30, Flush, (U64, U64), (), 0, in_session=True, resembles="close(dup)"),
-    Spec(31, FAllocate, (U64, U64, U32, OFFSET, OFFSET), (), 0, in_session=True, resembles="fallocate"),
+    Spec(30, Flush, (U64, U64, U64), (), 0, in_session=True, resembles="close(dup)"),
+    Spec(31, FAllocate, (U64, U64, U32, OFFSET, OFFSET, BOOL), (), 0, in_session=True, resembles="fallocate"),
     Spec(32, Access, (U64, U32, U32, U32), (), 0, in_session=True, resembles="faccessat, by mode bits"),
     Spec(33, SyncFs, (U64,), (), 0, in_session=True, resembles="syncfs"),
+    Spec(34, TmpFile, (U64, U32, MODE, *_CALLER), _ENTRY + _OPENED, 1, in_session=True, resembles="openat(O_TMPFILE)"),
+    Spec(35, AfterWrite, (U64, U64, MODE), (), 0, in_session=True, resembles="fchmod"),
+    Spec(36, StatX, (U64,), (STATX_RECORD,), 0, in_session=True, resembles="statx"),
+    Spec(37, GetXattr, (U64, NAME), (XATTR_VALUE,), 0, in_session=True, resembles="getxattr(/proc/self/fd)"),
+    Spec(38, SetXattr, (U64, NAME, XATTR_VALUE, U32, BOOL), (), 0, in_session=True, resembles="setxattr(/proc/self/fd)"),
+    Spec(39, ListXattr, (U64,), (XATTR_VALUE,), 0, in_session=True, resembles="listxattr(/proc/self/fd)"),
+    Spec(40, RemoveXattr, (U64, NAME), (), 0, in_session=True, resembles="removexattr(/proc/self/fd)"),
+    Spec(41, GetLock, (U64, U64, U64, *_RANGE, _LOCK_KIND), (*_RANGE, _LOCK_KIND, U32), 0, in_session=True, resembles="fcntl(F_OFD_GETLK)"),
+    Spec(
+        42, SetLock, (U64, U64, U64, *_RANGE, _LOCK_KIND, BOOL, BOOL), (), 0,
+        in_session=True, resembles="fcntl(F_OFD_SETLK), flock(LOCK_NB)",
+    ),
+    Spec(43, CancelLock, (U64,), None, 0, in_session=True, resembles="–"),
+    Spec(44, Ioctl, (U64, U64, U32, Bin(0, MAX_IOCTL_BYTES)), (Bin(0, MAX_IOCTL_BYTES),), 0, in_session=True, resembles="ioctl"),
 )  # fmt: skip
 
 NOTICES: dict[int, type[Any]] = {1: SessionNotice, 2: DropFile, 3: DropNode}
 
-# Session flags: the first bit is the broker's business, the others are the workers' own and opaque to it.
+# Session flags: the low byte is the broker's business, the others are the workers' own and opaque to it.
 SESSION_ACTIVE = 1 << 0  # the guest has mounted; without it a worker answers everything but INIT with EIO
+SESSION_POSIX_ACL = 1 << 1  # the guest reads and writes ACLs, and leaves the umask to the host
+SESSION_SUPP_GROUPS = 1 << 2  # it tells the groups of who makes a file
+SESSION_OWN_FLAGS_SHIFT = 8
 
 # Open, OpenDir and Create tell what the file system behind a description is like.
 TRAIT_FLUSH = 1 << 0  # it has a flush method (NFS, CIFS, FUSE): FLUSH must be asked for
@@ -412,7 +561,7 @@ def decode_requests(packet: bytes) -> tuple[int, list[tuple[Spec, int, Any]]]:
     try:
         top = msgpack.unpackb(
             packet, raw=False, strict_map_key=True, ext_hook=_refuse_ext,
-            max_str_len=0, max_map_len=0, max_ext_len=0, max_bin_len=MAX_TARGET_BYTES, max_array_len=2 * MAX_FORGETS,
+            max_str_len=0, max_map_len=0, max_ext_len=0, max_bin_len=MAX_XATTR_BYTES, max_array_len=2 * MAX_FORGETS,
         )  # fmt: skip
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise WorkerBreach(f"not a msgpack packet within bounds: {type(error).__name__}") from None

@@ -1,7 +1,6 @@
 """The FUSE kernel ABI as data: opcodes, flags and structure layouts, with the names of the kernel's include/uapi/linux/fuse.h.
 
-Source: that header at version 7.38 (Linux 6.2); the opcodes and INIT flags that came later (to 7.45) are named so that they can be
-refused or masked by name, their structures are not here. Who controls the bytes: the guest sends every `*_in`, vfsd every `*_out`.
+Source: that header at version 7.38 (Linux 6.2), and what came later to 7.45: statx and copies of more than 4 GiB. Who controls the bytes: the guest sends every `*_in`, vfsd every `*_out`.
 
 Layout rules, the same for every structure:
 * Little-endian. FUSE uses the guest's byte order, and every architecture that vfsd serves is little-endian.
@@ -20,7 +19,7 @@ from struct import Struct
 # Version
 
 FUSE_KERNEL_VERSION = 7
-FUSE_KERNEL_MINOR_VERSION = 38  # the highest whose structures stand here
+FUSE_KERNEL_MINOR_VERSION = 45  # the highest whose structures stand here
 FUSE_ROOT_ID = 1
 
 # Opcodes (enum fuse_opcode)
@@ -150,6 +149,11 @@ FUSE_OPEN_KILL_SUIDGID = 1 << 0  # fuse_open_in.open_flags, fuse_create_in.open_
 FUSE_RELEASE_FLUSH = 1 << 0  # fuse_release_in.release_flags
 FUSE_RELEASE_FLOCK_UNLOCK = 1 << 1
 FUSE_GETATTR_FH = 1 << 0  # fuse_getattr_in.getattr_flags
+FUSE_IOCTL_COMPAT = 1 << 0  # fuse_ioctl_in.flags
+FUSE_IOCTL_UNRESTRICTED = 1 << 1
+FUSE_IOCTL_32BIT = 1 << 3
+FUSE_IOCTL_DIR = 1 << 4
+FUSE_IOCTL_COMPAT_X32 = 1 << 5
 FUSE_LK_FLOCK = 1 << 0  # fuse_lk_in.lk_flags
 FUSE_WRITE_CACHE = 1 << 0  # fuse_write_in.write_flags: from the page cache, the fh is a guess
 FUSE_WRITE_LOCKOWNER = 1 << 1
@@ -214,6 +218,9 @@ fuse_rename2_in = Struct("<QI4x")  # newdir, flags; + old name, new name
 fuse_link_in = Struct("<Q")  # oldnodeid; + new name
 fuse_create_in = Struct("<IIII")  # flags, mode, umask, open_flags; + name. The reply is a fuse_entry_out and a fuse_open_out.
 
+fuse_statx_in = Struct("<I4xQII")  # getattr_flags, fh, sx_flags, sx_mask
+FUSE_STATX_OUT_HEAD = Struct("<QI4x16x")  # attr_valid, attr_valid_nsec; a struct fuse_statx follows (wire/attr.py), 288 bytes in all
+
 # Open files
 
 fuse_open_in = Struct("<II")  # flags, open_flags
@@ -228,6 +235,10 @@ fuse_fallocate_in = Struct("<QQQI4x")  # fh, offset, length, mode
 fuse_lseek_in = Struct("<QQI4x")  # fh, offset, whence
 fuse_lseek_out = Struct("<Q")  # offset
 fuse_copy_file_range_in = Struct("<QQQQQQQ")  # fh_in, off_in, nodeid_out, fh_out, off_out, len, flags; replied by a fuse_write_out
+fuse_copy_file_range_out = Struct("<Q")  # bytes_copied, of FUSE_COPY_FILE_RANGE_64
+# struct fuse_ioctl_in: fh, flags, cmd, arg, in_size, out_size; + in_size bytes
+fuse_ioctl_in = Struct("<QIIQII")
+fuse_ioctl_out = Struct("<iIII")  # result, flags, in_iovs, out_iovs; + data
 # struct fuse_lk_in: fh, owner, then struct fuse_file_lock: start, end, type, pid; then lk_flags
 fuse_lk_in = Struct("<QQQQIII4x")  # 48 bytes
 fuse_lk_out = Struct("<QQII")  # start, end, type, pid

@@ -49,7 +49,8 @@ def _serve(config: WorkerConfig, channel: Channel, log: ChildLog) -> None:
     pool = IoPool()
     broker = BrokerClient(OwnedFd(config.broker_fd))
     most_fds = config.confinement.nofile or resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    fs = FileSystem(broker, CACHE_POLICIES[config.cache], log, pool, max(16, min(_MOST_FILES, (most_fds - _MEMORY_FDS) // 2)))
+    most_files = max(16, min(_MOST_FILES, (most_fds - _MEMORY_FDS) // 2))
+    fs = FileSystem(broker, CACHE_POLICIES[config.cache], log, pool, most_files, config.features)
     loop = EventLoop(channel, control, broker, fs, pool, log)
     settle_allocator()
     lock_down(config.confinement, start_threads=pool.start)

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
+from vfsd.config import Features
 from vfsd.errors import ReplyErrno
 from vfsd.fds import TempFd
 from vfsd.log import ChildLog
@@ -57,14 +58,19 @@ class _NobodyWaits:
 
 
 _NOBODY_WAITS = _NobodyWaits()
+_DEFAULT_FEATURES = Features()
 
 
 class FileSystem:
     """One per worker; the ring thread's alone."""
 
-    def __init__(self, broker: BrokerClient, cache: CachePolicy, log: ChildLog, pool: IoPool, most_files: int) -> None:
+    def __init__(
+        self, broker: BrokerClient, cache: CachePolicy, log: ChildLog, pool: IoPool, most_files: int, features: Features = _DEFAULT_FEATURES
+    ) -> None:
         self.broker = broker
         self.cache = cache
+        self.features = features
+        self._agreed = 0
         self.log = log
         self._pool = pool
         self.files = OpenFiles(most_files)
@@ -82,7 +88,12 @@ class FileSystem:
         self.mounts.clear()
         self.broker.begin_session(notice.session)
         self.active = bool(notice.flags & wire.SESSION_ACTIVE)
+        self._agreed = notice.flags >> wire.SESSION_OWN_FLAGS_SHIFT
         self.broker.tell(wire.SessionAck(notice.session))
+
+    def agreed(self, flag: int) -> bool:
+        """Whether an INIT flag was offered by the guest and taken by us."""
+        return bool(self._agreed & flag)
 
     def noticed(self, notice: wire.Notice) -> None:
         """What the broker says unasked."""

@@ -33,6 +33,9 @@ HANDLERS: dict[int, Handler] = {
     abi.FUSE_FSYNCDIR: ops_files.fsync,
     abi.FUSE_ACCESS: ops_inodes.access,
     abi.FUSE_CREATE: ops_names.create,
+    abi.FUSE_TMPFILE: ops_names.tmpfile,
+    abi.FUSE_STATX: ops_inodes.statx,
+    abi.FUSE_IOCTL: ops_files.ioctl,
     abi.FUSE_INTERRUPT: ops_session.interrupt,
     abi.FUSE_DESTROY: ops_session.destroy,
     abi.FUSE_BATCH_FORGET: ops_session.batch_forget,
@@ -41,6 +44,7 @@ HANDLERS: dict[int, Handler] = {
     abi.FUSE_RENAME2: ops_names.rename2,
     abi.FUSE_LSEEK: ops_inodes.lseek,
     abi.FUSE_COPY_FILE_RANGE: ops_files.copy_file_range,
+    abi.FUSE_COPY_FILE_RANGE_64: ops_files.copy_file_range_64,
     abi.FUSE_SYNCFS: ops_inodes.syncfs,
 }
 

@@ -19,6 +19,7 @@ from vfsd.wire import fuse_abi as abi
 from vfsd.worker.file_system import FileSystem, Given, Outcome, Placed, Waiting, take_donation
 from vfsd.worker.files import OpenFile
 from vfsd.worker.io_pool import Job
+from vfsd.worker.open_flags import host_open_flags, kills_set_id
 from vfsd.worker.request import Request, advance, iov
 
 _I64_MAX = (1 << 63) - 1
@@ -29,8 +30,9 @@ _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def open_(fs: FileSystem, request: Request) -> Waiting:
-    flags, _open_flags = abi.fuse_open_in.unpack_from(request.arguments(abi.fuse_open_in.size))
-    given: Given = yield wire.Open(request.nodeid, flags)
+    flags, open_flags = abi.fuse_open_in.unpack_from(request.arguments(abi.fuse_open_in.size))
+    kill = kills_set_id(fs, request, open_flags & abi.FUSE_OPEN_KILL_SUIDGID)
+    given: Given = yield wire.Open(request.nodeid, host_open_flags(fs, flags), kill)
     return _opened(fs, request, given, fs.cache.open_flags)
 
 
@@ -164,10 +166,10 @@ def _write_all(fd: int, views: list[memoryview], offset: int, rwf: int) -> int:
 
 def flush(fs: FileSystem, request: Request) -> Outcome | Waiting:
     """Only a file system with a flush method of its own needs the call."""
-    fh, _owner = abi.fuse_flush_in.unpack_from(request.arguments(abi.fuse_flush_in.size))
+    fh, owner = abi.fuse_flush_in.unpack_from(request.arguments(abi.fuse_flush_in.size))
     opened = fs.files.get(request.nodeid, fh)
     if opened is None or opened.traits & wire.TRAIT_FLUSH:
-        return _ask_nothing(wire.Flush(request.nodeid, fh))
+        return _ask_nothing(wire.Flush(request.nodeid, fh, owner))
     return b""
 
 
@@ -183,15 +185,26 @@ def fsync(_fs: FileSystem, request: Request) -> Waiting:
     return b""
 
 
-def fallocate(_fs: FileSystem, request: Request) -> Waiting:
+def fallocate(fs: FileSystem, request: Request) -> Waiting:
     fh, offset, length, mode = abi.fuse_fallocate_in.unpack_from(request.arguments(abi.fuse_fallocate_in.size))
     if length > _I64_MAX or offset > _I64_MAX - length:
         raise ReplyErrno(errno.EFBIG)
-    yield wire.FAllocate(request.nodeid, fh, mode, offset, length)
+    # No flag of the request says it: with killpriv-v2 too it is decided by who asks, and whoever is unknown may not keep them.
+    kill = int(request.uid != 0) if fs.agreed(abi.FUSE_HANDLE_KILLPRIV_V2) else kills_set_id(fs, request, 0)
+    yield wire.FAllocate(request.nodeid, fh, mode, offset, length, kill)
     return b""
 
 
 def copy_file_range(fs: FileSystem, request: Request) -> Waiting:
+    return abi.fuse_write_out.pack((yield from _copy(fs, request)))
+
+
+def copy_file_range_64(fs: FileSystem, request: Request) -> Waiting:
+    """The same with room for a longer answer."""
+    return abi.fuse_copy_file_range_out.pack((yield from _copy(fs, request)))
+
+
+def _copy(fs: FileSystem, request: Request) -> Generator[wire.Request | Job, Any, int]:
     arguments = abi.fuse_copy_file_range_in.unpack_from(request.arguments(abi.fuse_copy_file_range_in.size))
     fh_in, offset_in, nodeid_out, fh_out, offset_out, length, flags = arguments
     length = min(length, _MAX_COPY_BYTES)
@@ -209,4 +222,17 @@ def copy_file_range(fs: FileSystem, request: Request) -> Waiting:
         done: int = copy() if inline else (yield from on_pool(target, copy))
     finally:
         source.unpin()
-    return abi.fuse_write_out.pack(done)
+    return done
+
+
+def ioctl(_fs: FileSystem, request: Request) -> Waiting:
+    """The broker's list says which commands pass. Linux sends them with the argument in and out (restricted ioctls)."""
+    fh, flags, command, _arg, in_size, out_size = abi.fuse_ioctl_in.unpack_from(request.arguments(abi.fuse_ioctl_in.size))
+    argument = request.body[abi.fuse_ioctl_in.size :]
+    if flags & ~abi.FUSE_IOCTL_DIR:
+        raise ReplyErrno(errno.ENOTTY)  # unrestricted or of a 32-bit program: layouts that are not these
+    if in_size != len(argument) or in_size > wire.MAX_IOCTL_BYTES:
+        raise ReplyErrno(errno.EINVAL if in_size != len(argument) else errno.ENOTTY)
+    given: Given = yield wire.Ioctl(request.nodeid, fh, command, argument)
+    data: bytes = given.fields[0]
+    return abi.fuse_ioctl_out.pack(0, 0, 0, 0) + data[:out_size]

@@ -61,11 +61,12 @@ def _ask_attributes(fs: FileSystem, nodeid: int) -> Waiting:
 def setattr_(fs: FileSystem, request: Request) -> Waiting:
     arguments = abi.fuse_setattr_in.unpack_from(request.arguments(abi.fuse_setattr_in.size))
     valid, fh, size, _owner, atime, mtime, _ctime, atime_nsec, mtime_nsec, _ctime_nsec, mode, uid, gid = arguments
+    kill = int(bool(valid & abi.FATTR_KILL_SUIDGID))
     if size > _I64_MAX or atime_nsec >= _NSEC_LIMIT or mtime_nsec >= _NSEC_LIMIT:
         raise ReplyErrno(errno.EINVAL)
     given: Given = yield wire.SetAttr(
         request.nodeid, fh if valid & abi.FATTR_FH else 0, valid & SET_ALL, size,
-        _signed(atime), _signed(mtime), atime_nsec, mtime_nsec, mode & 0o177777, uid, gid,
+        _signed(atime), _signed(mtime), atime_nsec, mtime_nsec, mode & 0o177777, uid, gid, kill,
     )  # fmt: skip
     return _attr_reply(fs, given.fields[0])
 
@@ -73,6 +74,14 @@ def setattr_(fs: FileSystem, request: Request) -> Waiting:
 def _signed(seconds: int) -> int:
     """FUSE carries seconds before 1970 in an unsigned field."""
     return max(seconds - _U64, -_I64_MAX) if seconds > _I64_MAX else seconds
+
+
+def statx(fs: FileSystem, request: Request) -> Waiting:
+    """Asked for where the attributes are not enough: the birth time."""
+    request.arguments(abi.fuse_statx_in.size)
+    given: Given = yield wire.StatX(request.nodeid)
+    record: bytes = given.fields[0]
+    return abi.FUSE_STATX_OUT_HEAD.pack(fs.cache.timeout_seconds, 0) + record
 
 
 def readlink(_fs: FileSystem, request: Request) -> Waiting:

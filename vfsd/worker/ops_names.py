@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
 
 from vfsd.errors import ReplyErrno
 from vfsd.wire import broker_messages as wire
 from vfsd.wire import fuse_abi as abi
+from vfsd.worker.creation import decode_creation
 from vfsd.worker.file_system import FileSystem, Given, Waiting, check_name, take_donation
+from vfsd.worker.open_flags import host_open_flags, kills_set_id
 from vfsd.worker.request import Request
-
-_MODE_BITS = 0o177777
 
 
 def lookup(fs: FileSystem, request: Request) -> Waiting:
@@ -25,23 +24,24 @@ def _entry_reply(fs: FileSystem, question: wire.Request) -> Waiting:
 
 def mknod(fs: FileSystem, request: Request) -> Waiting:
     mode, rdev, umask = abi.fuse_mknod_in.unpack_from(request.arguments(abi.fuse_mknod_in.size))
-    name = check_name(request.name(abi.fuse_mknod_in.size))
-    mode = mode & _MODE_BITS & ~(umask & 0o777)
-    return (yield from _entry_reply(fs, wire.MkNod(request.nodeid, name, mode, rdev, request.uid, request.gid)))
+    made = decode_creation(fs, request, abi.fuse_mknod_in.size, 1, mode=mode, umask=umask)
+    name = check_name(made.names[0])
+    return (yield from _entry_reply(fs, wire.MkNod(request.nodeid, name, made.mode, rdev, *made.maker, *made.label)))
 
 
 def mkdir(fs: FileSystem, request: Request) -> Waiting:
     mode, umask = abi.fuse_mkdir_in.unpack_from(request.arguments(abi.fuse_mkdir_in.size))
-    name = check_name(request.name(abi.fuse_mkdir_in.size))
-    mode = mode & _MODE_BITS & ~(umask & 0o777)
-    return (yield from _entry_reply(fs, wire.MkDir(request.nodeid, name, mode, request.uid, request.gid)))
+    made = decode_creation(fs, request, abi.fuse_mkdir_in.size, 1, mode=mode, umask=umask)
+    name = check_name(made.names[0])
+    return (yield from _entry_reply(fs, wire.MkDir(request.nodeid, name, made.mode, *made.maker, *made.label)))
 
 
 def symlink(fs: FileSystem, request: Request) -> Waiting:
-    name, target = request.names(0, 2)
+    made = decode_creation(fs, request, 0, 2, mode=0, umask=0)
+    name, target = made.names
     if len(target) > wire.MAX_TARGET_BYTES:
         raise ReplyErrno(errno.ENAMETOOLONG)
-    return (yield from _entry_reply(fs, wire.SymLink(request.nodeid, check_name(name), target, request.uid, request.gid)))
+    return (yield from _entry_reply(fs, wire.SymLink(request.nodeid, check_name(name), target, *made.maker, *made.label)))
 
 
 def link(fs: FileSystem, request: Request) -> Waiting:
@@ -77,10 +77,23 @@ def _rename(request: Request, start: int, new_parent: int, flags: int) -> Waitin
 
 
 def create(fs: FileSystem, request: Request) -> Waiting:
+    flags, mode, umask, open_flags = abi.fuse_create_in.unpack_from(request.arguments(abi.fuse_create_in.size))
+    made = decode_creation(fs, request, abi.fuse_create_in.size, 1, mode=mode, umask=umask)
+    flags = host_open_flags(fs, flags)
+    kill = kills_set_id(fs, request, open_flags & abi.FUSE_OPEN_KILL_SUIDGID)
+    given: Given = yield wire.Create(request.nodeid, check_name(made.names[0]), flags, made.mode, *made.maker, *made.label, kill)
+    return _created(fs, given)
+
+
+def tmpfile(fs: FileSystem, request: Request) -> Waiting:
+    """The name that comes with it is the directory's own: the file has none."""
     flags, mode, umask, _open_flags = abi.fuse_create_in.unpack_from(request.arguments(abi.fuse_create_in.size))
-    name = check_name(request.name(abi.fuse_create_in.size))
-    mode = mode & _MODE_BITS & ~(umask & 0o777)
-    given: Given = yield wire.Create(request.nodeid, name, flags & ~os.O_CLOEXEC, mode, request.uid, request.gid)
+    made = decode_creation(fs, request, abi.fuse_create_in.size, 1, mode=mode, umask=umask)
+    given: Given = yield wire.TmpFile(request.nodeid, host_open_flags(fs, flags), made.mode, *made.maker)
+    return _created(fs, given)
+
+
+def _created(fs: FileSystem, given: Given) -> bytes:
     nodeid, attr, fh, traits, mount_key = given.fields
     fs.keep_open(nodeid, fh, traits, mount_key, take_donation(given))
     return fs.encode_entry(nodeid, attr) + abi.fuse_open_out.pack(fh, fs.cache.open_flags)

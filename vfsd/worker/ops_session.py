@@ -8,6 +8,7 @@ from vfsd.errors import ReplyErrno
 from vfsd.wire import broker_messages as wire
 from vfsd.wire import fuse_abi as abi
 from vfsd.worker.file_system import NO_REPLY, FileSystem, Outcome, Waiting
+from vfsd.worker.init_flags import agree, session_flags
 from vfsd.worker.request import Request
 
 _LEAST_MINOR = 27
@@ -16,21 +17,6 @@ _MAX_PAGES = _MAX_WRITE_BYTES // 4096
 _MAX_BACKGROUND = 65535  # the Rust daemon's: the guest's own limits hold
 _CONGESTION_THRESHOLD = _MAX_BACKGROUND // 4 * 3
 _LOW_32 = (1 << 32) - 1
-
-# Taken whenever the guest offers them.
-_WANTED = (
-    abi.FUSE_ASYNC_READ
-    | abi.FUSE_ATOMIC_O_TRUNC
-    | abi.FUSE_BIG_WRITES
-    | abi.FUSE_AUTO_INVAL_DATA
-    | abi.FUSE_ASYNC_DIO
-    | abi.FUSE_PARALLEL_DIROPS
-    | abi.FUSE_MAX_PAGES
-    | abi.FUSE_SUBMOUNTS
-    | abi.FUSE_INIT_EXT
-)
-_READDIRPLUS = abi.FUSE_DO_READDIRPLUS | abi.FUSE_READDIRPLUS_AUTO
-_SESSION_FLAGS_SHIFT = 8  # negotiated INIT flags stand above the broker's own bits of a session's flags
 
 
 def init(fs: FileSystem, request: Request) -> Waiting:
@@ -42,8 +28,11 @@ def init(fs: FileSystem, request: Request) -> Waiting:
         fs.log.error(f"the guest speaks FUSE {major}.{minor}; vfsd needs {abi.FUSE_KERNEL_VERSION}.{_LEAST_MINOR} or newer")
         raise ReplyErrno(errno.EPROTO)
     offered = low_flags | (high_flags << 32 if low_flags & abi.FUSE_INIT_EXT else 0)
-    agreed = offered & (_WANTED | (_READDIRPLUS if fs.cache.readdirplus else 0))
-    yield wire.SessionStart(agreed << _SESSION_FLAGS_SHIFT)
+    agreed, refusal = agree(offered, fs.features, readdirplus=fs.cache.readdirplus)
+    if refusal:
+        fs.log.error(refusal)
+        raise ReplyErrno(errno.EPROTO)
+    yield wire.SessionStart(session_flags(agreed))
     fs.log.debug(f"session {fs.broker.session}: FUSE {major}.{minor}, flags {agreed:#x}")
     return abi.fuse_init_out.pack(
         abi.FUSE_KERNEL_VERSION, min(minor, abi.FUSE_KERNEL_MINOR_VERSION), max_readahead, agreed & _LOW_32,

@@ -68,11 +68,15 @@ class Request:
         return self.body
 
     def names(self, start: int, count: int) -> list[bytes]:
-        """`count` NUL-ended names that fill the body from `start` on; ReplyErrno EINVAL otherwise."""
-        parts = self.body[start:].split(b"\0")
+        """`count` NUL-ended names from `start` of the body on; ReplyErrno EINVAL if there are not so many."""
+        return self.names_and_rest(start, count)[0]
+
+    def names_and_rest(self, start: int, count: int) -> tuple[list[bytes], bytes]:
+        """As `names`, and what follows them."""
+        parts = self.body[start:].split(b"\0", count)
         if len(parts) <= count:
             raise ReplyErrno(errno.EINVAL)
-        return parts[:count]
+        return parts[:count], parts[count]
 
     def name(self, start: int = 0) -> bytes:
         return self.names(start, 1)[0]
