@@ -146,7 +146,7 @@ def test_a_field_just_out_of_its_bounds_is_a_breach(spec):
             case Bin(least, most):
                 outside = [bytes(most + 1)] + ([bytes(least - 1)] if least else [])
             case ListOf(item, least, most, step):
-                outside = [[extremes(item)] * (most + step), [extremes(item)] * (least - 1)]
+                outside = [[extremes(item)] * (most + step)] + ([[extremes(item)] * (least - 1)] if least else [])
         for wrong in outside:
             fields[position] = wrong
             message = refused(pack([spec.tag, 1, *fields]))

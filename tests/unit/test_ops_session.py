@@ -48,7 +48,7 @@ def worker(fresh):
     return fresh
 
 
-def init(worker, major=7, minor=38, flags=ALL_FLAGS, flags2=0):
+def init(worker, major=7, minor=abi.FUSE_KERNEL_MINOR_VERSION, flags=ALL_FLAGS, flags2=0):
     return worker.call(abi.FUSE_INIT, abi.fuse_init_in.pack(major, minor, 131072, flags, flags2))
 
 
@@ -76,7 +76,7 @@ def test_a_session_begins_with_init(fresh):
     assert got["granularity"] == 1
 
 
-@pytest.mark.parametrize(("minor", "answered"), [(27, 27), (31, 31), (38, 38), (45, 38)])
+@pytest.mark.parametrize(("minor", "answered"), [(27, 27), (31, 31), (45, 45), (60, 45)])
 def test_the_lower_of_both_versions_is_spoken(fresh, minor, answered):
     assert agreed(init(fresh, minor=minor))["minor"] == answered
 
@@ -99,9 +99,9 @@ def test_only_what_the_guest_offers_and_vfsd_has_is_agreed(fresh):
     offered = abi.FUSE_ASYNC_READ | abi.FUSE_MAX_PAGES
     assert agreed(init(fresh, flags=offered))["flags"] == offered
     everything = agreed(init(fresh, flags2=ALL_FLAGS))
-    not_yet = abi.FUSE_POSIX_LOCKS | abi.FUSE_FLOCK_LOCKS | abi.FUSE_EXPORT_SUPPORT | abi.FUSE_WRITEBACK_CACHE | abi.FUSE_POSIX_ACL
-    assert everything["flags"] & not_yet == 0
-    assert everything["flags2"] == 0
+    only_if_asked = abi.FUSE_EXPORT_SUPPORT | abi.FUSE_WRITEBACK_CACHE | abi.FUSE_POSIX_ACL | abi.FUSE_HANDLE_KILLPRIV_V2
+    assert everything["flags"] & only_if_asked == 0
+    assert everything["flags2"] << 32 == abi.FUSE_CREATE_SUPP_GROUP | abi.FUSE_ALLOW_IDMAP
 
 
 def test_the_flags_of_a_guest_before_7_36_end_where_its_request_ends(fresh):

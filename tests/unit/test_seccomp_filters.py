@@ -30,14 +30,14 @@ X32_BIT = 0x40000000
 NEVER = """
     execve execveat clone fork vfork ptrace socket connect bind listen accept accept4 mount umount2 pivot_root chroot
     unshare setns  fsopen fsmount open_tree move_mount mount_setattr bpf io_uring_setup io_uring_enter userfaultfd
-    process_vm_readv process_vm_writev  pidfd_open pidfd_getfd pidfd_send_signal kill tkill tgkill prctl seccomp ioctl open
+    process_vm_readv process_vm_writev  pidfd_open pidfd_getfd pidfd_send_signal kill tkill tgkill prctl seccomp open
     creat openat2 stat lstat access chmod chown  setuid setgid setreuid setregid setfsuid setfsgid perf_event_open keyctl
     init_module memfd_create shmat
 """.split()  # noqa: SIM905  # sixty lines of list are no clearer
 
 ONLY_THE_BROKER = """
     openat open_by_handle_at name_to_handle_at statx readlinkat mkdirat unlinkat renameat2 linkat symlinkat mknodat fchownat
-    fchmodat  utimensat faccessat faccessat2 getxattr setxattr chdir fchdir setresuid setresgid setgroups capset umask
+    fchmodat  utimensat faccessat faccessat2 ioctl getxattr setxattr chdir fchdir setresuid setresgid setgroups capset umask
     mprotect
 """.split()  # noqa: SIM905  # sixty lines of list are no clearer
 

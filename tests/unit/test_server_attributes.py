@@ -9,6 +9,7 @@ import pytest
 from tests.support.broker import Bench, attributes, changed, naming
 from vfsd.broker.inode_store import ROOT_NODEID
 from vfsd.broker.requests import HANDLERS
+from vfsd.sandbox import filecalls
 from vfsd.wire import attr
 from vfsd.wire import broker_messages as wire
 
@@ -124,7 +125,8 @@ def test_a_read_only_share_refuses_whatever_writes(tmp_path, handles):
     writing = [message for message in naming(b"x") if not isinstance(message, wire.Lookup)] + [
         changed(file, attr.SET_MODE), changed(file, 0), wire.Link(file, ROOT_NODEID, b"x"), wire.FAllocate(file, fh, 0, 0, 1),
         wire.Open(file, os.O_WRONLY), wire.Open(file, os.O_RDWR), wire.Open(file, os.O_RDONLY | os.O_TRUNC), wire.Open(file, os.O_ACCMODE),
-        wire.Access(file, 2, *ME),
+        wire.Access(file, 2, *ME), wire.TmpFile(ROOT_NODEID, os.O_RDWR, 0o600, *ME),
+        wire.Ioctl(file, fh, filecalls.FS_IOC_SETFLAGS, bytes(4)), wire.Ioctl(file, fh, filecalls.FS_IOC_FSSETXATTR, bytes(28)),
     ]  # fmt: skip
     covered = {type(message) for message in writing}
     assert {message for message, row in HANDLERS.items() if row.writes} <= covered

@@ -10,6 +10,7 @@ import pytest
 from tests.support.broker import Bench
 from vfsd.broker import answer_files
 from vfsd.broker.inode_store import ROOT_NODEID
+from vfsd.broker.share import Settings
 from vfsd.sandbox import filecalls
 from vfsd.sandbox.seccomp import load_policy
 from vfsd.wire import broker_messages as wire
@@ -273,10 +274,11 @@ def test_the_filter_allows_every_fallocate_mode_that_is_tried():
 
 def test_the_filter_allows_every_flag_that_a_worker_may_open_with():
     """As the modes of fallocate; with what the broker itself adds to an open."""
+    every_flag = Settings("never", False, False, 1, 1, allow_direct_io=True, preserve_noatime=True).open_flags
     policy = load_policy().roles["broker"]
     own = os.O_CLOEXEC | os.O_NOCTTY | os.O_DIRECTORY
     for access in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
-        flags = answer_files._OPEN_FLAGS & ~os.O_ACCMODE | access | own
+        flags = every_flag & ~os.O_ACCMODE | access | own
         assert policy.verdict("openat", (3, 0, flags, 0, 0, 0), "x86_64") == "allow"
         assert policy.verdict("open_by_handle_at", (3, 0, flags, 0, 0, 0), "x86_64") == "allow"
         assert policy.verdict("openat", (3, 0, flags | answer_files._NEW_FILE, 0o7777, 0, 0), "x86_64") == "allow"
