@@ -21,13 +21,9 @@ NOT_THERE = {
     abi.FUSE_SETLK,
     abi.FUSE_SETLKW,
     abi.FUSE_BMAP,
-    abi.FUSE_IOCTL,
     abi.FUSE_POLL,
     abi.FUSE_SETUPMAPPING,
     abi.FUSE_REMOVEMAPPING,
-    abi.FUSE_TMPFILE,
-    abi.FUSE_STATX,
-    abi.FUSE_COPY_FILE_RANGE_64,
 }
 IMPLEMENTED = {
     abi.FUSE_LOOKUP: b"name\0",

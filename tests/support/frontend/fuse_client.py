@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from tests.support.frontend.fuse_session import HIPRIO, FuseSession, Pending
 from tests.support.frontend.fuse_types import Attr, Attributes, Dirent, Entry, InitOut, Opened, ProtocolViolation, Statfs, decode_dirents
 from vfsd.wire import fuse_abi as abi
+from vfsd.wire.attr import STATX
 
 ROOT = abi.FUSE_ROOT_ID
 
@@ -130,6 +131,11 @@ class FuseClient(FuseSession):
         body = abi.fuse_setattr_in.pack(valid, fh or _NO_FH, size or 0, 0, *seconds, *nanoseconds, mode or 0, uid or 0, gid or 0)
         return Attributes.decode(self.request(abi.FUSE_SETATTR, nodeid, body, abi.fuse_attr_out.size))
 
+    def statx(self, nodeid: int) -> tuple[int, ...]:
+        """The fields of wire.attr.STATX."""
+        reply = self.request(abi.FUSE_STATX, nodeid, abi.fuse_statx_in.pack(0, 0, 0, 0xFFF), abi.FUSE_STATX_OUT_HEAD.size + STATX.size)
+        return STATX.unpack_from(reply, abi.FUSE_STATX_OUT_HEAD.size)
+
     def access(self, nodeid: int, mask: int) -> None:
         self.request(abi.FUSE_ACCESS, nodeid, abi.fuse_access_in.pack(mask))
 
@@ -168,6 +174,12 @@ class FuseClient(FuseSession):
     def create(self, parent: int, name: bytes, mode: int = 0o644, flags: int = os.O_RDWR, *, umask: int = 0) -> tuple[Entry, Opened]:
         body = abi.fuse_create_in.pack(flags, mode, umask, 0) + _name(name)
         reply = self.request(abi.FUSE_CREATE, parent, body, abi.fuse_entry_out.size + abi.fuse_open_out.size)
+        return Entry.decode(reply[: abi.fuse_entry_out.size]), Opened(*abi.fuse_open_out.unpack(reply[abi.fuse_entry_out.size :]))
+
+    def tmpfile(self, parent: int, mode: int = 0o644, flags: int = os.O_RDWR, *, umask: int = 0) -> tuple[Entry, Opened]:
+        """Linux sends the directory's dentry name along."""
+        body = abi.fuse_create_in.pack(flags, mode, umask, 0) + _name(b"#1")
+        reply = self.request(abi.FUSE_TMPFILE, parent, body, abi.fuse_entry_out.size + abi.fuse_open_out.size)
         return Entry.decode(reply[: abi.fuse_entry_out.size]), Opened(*abi.fuse_open_out.unpack(reply[abi.fuse_entry_out.size :]))
 
     def _entry(self, opcode: int, nodeid: int, body: bytes) -> Entry:
@@ -241,6 +253,21 @@ class FuseClient(FuseSession):
         nodeid_out, fh_out, off_out = target
         body = abi.fuse_copy_file_range_in.pack(fh_in, off_in, nodeid_out, fh_out, off_out, length, flags)
         return int(abi.fuse_write_out.unpack(self.request(abi.FUSE_COPY_FILE_RANGE, nodeid, body, abi.fuse_write_out.size))[0])
+
+    def copy_file_range_64(self, source: tuple[int, int, int], target: tuple[int, int, int], length: int) -> int:
+        """As copy_file_range, with the longer answer."""
+        nodeid, fh_in, off_in = source
+        body = abi.fuse_copy_file_range_in.pack(fh_in, off_in, *target, length, 0)
+        reply = self.request(abi.FUSE_COPY_FILE_RANGE_64, nodeid, body, abi.fuse_copy_file_range_out.size)
+        return int(abi.fuse_copy_file_range_out.unpack(reply)[0])
+
+    def ioctl(self, nodeid: int, fh: int, command: int, argument: bytes = b"", out_size: int = 0, *, flags: int = 0) -> bytes:
+        """A restricted ioctl, as Linux makes one of FS_IOC_GETFLAGS and its like; the data that came back."""
+        body = abi.fuse_ioctl_in.pack(fh, flags, command, 0, len(argument), out_size) + argument
+        reply = self.request(abi.FUSE_IOCTL, nodeid, body, abi.fuse_ioctl_out.size + out_size)
+        if abi.fuse_ioctl_out.unpack_from(reply) != (0, 0, 0, 0):
+            raise ProtocolViolation("a restricted ioctl succeeds with result 0 and no retry")
+        return reply[abi.fuse_ioctl_out.size :]
 
     def syncfs(self, nodeid: int = ROOT) -> None:
         self.request(abi.FUSE_SYNCFS, nodeid, abi.fuse_syncfs_in.pack())
