@@ -15,13 +15,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 from vfsd.channel import Channel, ChannelClosed
 from vfsd.config import RoleConfig, config_memfd
 from vfsd.errors import ConfigError
 from vfsd.fds import OwnedFd
 from vfsd.log import ChildLines, StderrLog
+from vfsd.sandbox.namespaces import USE_CHROOT
+from vfsd.sandbox.spawn import FirstProcess, start_in_pid_namespace
 from vfsd.wire.channel import ChannelMessage, Table
 
 LAST_WORDS_BYTES = 8192  # room for the traceback of a child that cannot even import its modules
@@ -38,7 +39,7 @@ class Child:
         make_config: Callable[[int], RoleConfig],
         *,
         pass_fds: Sequence[int],
-        namespace: AbstractContextManager[None],
+        pid_namespace: bool,
         log: StderrLog,
     ) -> None:
         self.role = role
@@ -48,21 +49,24 @@ class Child:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel = Channel(ours, accepts)
         try:
-            with theirs, config_memfd(make_config(theirs.fileno())) as config_fd, namespace:
-                self._process = self._start(module, config_fd, (theirs.fileno(), config_fd, *pass_fds))
+            with theirs, config_memfd(make_config(theirs.fileno())) as config_fd:
+                self._process = self._start(module, config_fd, (theirs.fileno(), config_fd, *pass_fds), pid_namespace)
             self.pidfd = OwnedFd(os.pidfd_open(self._process.pid))
         except BaseException:
             self.channel.close()
             self._last_words.close()
             raise
 
-    def _start(self, module: str, config_fd: int, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    def _start(self, module: str, config_fd: int, pass_fds: Sequence[int], pid_namespace: bool) -> subprocess.Popen[bytes] | FirstProcess:
+        command, stderr = self._command(module, config_fd), self._last_words.fileno()
         try:
+            if pid_namespace:
+                return start_in_pid_namespace(command, stderr=stderr, pass_fds=pass_fds, remedy=USE_CHROOT)
             return subprocess.Popen(
-                self._command(module, config_fd),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=self._last_words.fileno(),
+                stderr=stderr,
                 pass_fds=pass_fds,
                 cwd="/",
                 env={},

@@ -17,6 +17,7 @@ import vfsd
 from vfsd.config import MAX_REQUEST_QUEUES, MAX_TAG_BYTES, Features, HandleMode, Options
 from vfsd.errors import ConfigError
 from vfsd.log import ERROR, LEVELS, StderrLog
+from vfsd.sandbox.id_maps import IdMap, IdRange, decode_id_range, find_overlap
 
 # What libvirt reads to learn how to write our command line; `migrate-precopy` is not there until migration is.
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
@@ -52,6 +53,20 @@ def _path(text: str) -> bytes:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty; give the path of a directory or socket")
     return os.fsencode(text)
+
+
+def _id_range(text: str) -> IdRange:
+    try:
+        return decode_id_range(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _id_map(parser: argparse.ArgumentParser, option: str, ranges: Sequence[IdRange]) -> IdMap:
+    if overlap := find_overlap(tuple(ranges)):
+        first, second = ("".join(f":{number}" for number in each) + ":" for each in overlap)
+        parser.error(f"argument {option}: {first} and {second} map an id twice, inside or outside; give ranges that do not overlap")
+    return tuple(ranges)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -157,8 +172,18 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
         "--sandbox",
         choices=("namespace", "chroot", "none"),
         default="namespace",
-        help="how processes are kept from the rest of the host's files (default: namespace; chroot and namespace need root)",
+        help="how processes are kept from the rest of the host's files (default: namespace; chroot needs root)",
     )
+    for kind in ("uid", "gid"):
+        group.add_argument(
+            f"--{kind}-map",
+            type=_id_range,
+            action="append",
+            default=[],
+            metavar=":INSIDE:OUTSIDE:COUNT:",
+            help=f"for an ordinary user: make these {kind}s of the host known to the guest as INSIDE and following; may be repeated; "
+            "more than one's own id takes /etc/subuid and /etc/subgid (default: one's own id, as it is)",
+        )
     group.add_argument(
         "--seccomp",
         choices=("kill", "log", "trap", "none"),
@@ -206,6 +231,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         preserve_noatime=found.preserve_noatime,
         rlimit_nofile=found.rlimit_nofile,
         log_level=LEVELS[found.log_level],
+        uid_map=_id_map(parser, "--uid-map", found.uid_map),
+        gid_map=_id_map(parser, "--gid-map", found.gid_map),
     )
 
 

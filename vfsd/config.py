@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import msgpack
 
 from vfsd.fds import OwnedFd
+from vfsd.sandbox.id_maps import IdMap
 from vfsd.sandbox.lockdown import Confinement
 
 CacheMode = Literal["auto", "always", "metadata", "never"]
@@ -65,6 +66,9 @@ class Options:
     preserve_noatime: bool
     rlimit_nofile: int | None  # None: the default, which may fall back to the hard limit; 0: leave the limit alone
     log_level: int
+    # Of the user namespace that an ordinary user gets; empty: own id only, as it is.
+    uid_map: IdMap
+    gid_map: IdMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +93,11 @@ class BrokerConfig(RoleConfig):
     allow_direct_io: bool
     preserve_noatime: bool
     nofile: int  # the limit of open files it runs under: the inode store's budget comes from it
+    # Who it can be while it makes a file, and who it is otherwise.
+    uid_map: IdMap
+    gid_map: IdMap
+    own_uid: int
+    own_gid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,12 +13,13 @@ from typing import Literal
 
 from vfsd.config import BrokerConfig, ControlConfig, Options, WorkerConfig
 from vfsd.errors import ConfigError
+from vfsd.sandbox.id_maps import choose_powerless_id
 from vfsd.sandbox.lockdown import Confinement
 from vfsd.sandbox.seccomp import load_policy
+from vfsd.sandbox.user_namespace import Standing, read_standing
 
 Role = Literal["broker", "control", "worker", "supervisor"]
 
-NOBODY = 65534
 # Without DAC_READ_SEARCH (handles=never) no file handle can be opened, whatever the broker is made to do.
 _BROKER_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "SETUID", "SETGID", "MKNOD", "SETFCAP")
 _HANDLE_CAPABILITY = "DAC_READ_SEARCH"
@@ -38,7 +39,8 @@ class Roles:
     filters: dict[Role, bytes]
     supervisor_pidfd: int
     nofile: int
-    privileged: bool  # whether we may become nobody, and have capabilities to give
+    privileged: bool  # whether we may become somebody else, and have capabilities to give
+    standing: Standing
 
     def broker(self, channel_fd: int) -> BrokerConfig:
         options = self.options
@@ -58,6 +60,10 @@ class Roles:
             allow_direct_io=options.allow_direct_io,
             preserve_noatime=options.preserve_noatime,
             nofile=self.nofile,
+            uid_map=self.standing.uid_map if self.privileged else (),
+            gid_map=self.standing.gid_map if self.privileged else (),
+            own_uid=self.standing.own_uid,
+            own_gid=self.standing.own_gid,
         )
 
     def control(self, channel_fd: int) -> ControlConfig:
@@ -89,20 +95,33 @@ class Roles:
         return self._confinement("supervisor", capabilities=SUPERVISOR_CAPABILITIES)
 
     def _confinement(self, role: Role, *, capabilities: tuple[str, ...] = (), nofile: int | None = None) -> Confinement:
-        """Control and workers become nobody with nothing; the broker and the supervisor stay who they are."""
+        """Control and workers become nobody, or who else is mapped, with nothing."""
         powerless = role in {"control", "worker"}
-        become = NOBODY if powerless and self.privileged else None
+        uid, gid = self._ids(role) if self.privileged else (None, None)
         return Confinement(
             role=role,
             sandbox=self.options.sandbox,
             seccomp_filter=self.filters[role],
-            uid=become,
-            gid=become,
+            uid=uid,
+            gid=gid,
             capabilities=capabilities if self.privileged else (),
             landlock=powerless,
             nofile=nofile,
             supervisor_pidfd=None if role == "supervisor" else self.supervisor_pidfd,
+            may_drop_groups=self.standing.may_drop_groups,
         )
+
+    def _ids(self, role: Role) -> tuple[int | None, int | None]:
+        """None: it stays who it is. The supervisor does, so that it can remove the socket that it made."""
+        standing = self.standing
+        if role == "supervisor":
+            return None, None
+        if role == "broker":
+            return (
+                None if standing.own_uid == os.geteuid() else standing.own_uid,
+                None if standing.own_gid == os.getegid() else standing.own_gid,
+            )
+        return choose_powerless_id(standing.uid_map, standing.own_uid), choose_powerless_id(standing.gid_map, standing.own_gid)
 
 
 def make_roles(options: Options, supervisor_pidfd: int, nofile: int) -> Roles:
@@ -111,7 +130,8 @@ def make_roles(options: Options, supervisor_pidfd: int, nofile: int) -> Roles:
         filters=_compile_filters(options),
         supervisor_pidfd=supervisor_pidfd,
         nofile=nofile,
-        privileged=os.geteuid() == 0,
+        privileged=os.geteuid() == 0 or options.sandbox == "namespace",
+        standing=read_standing(),
     )
 
 
@@ -121,6 +141,15 @@ def _compile_filters(options: Options) -> dict[Role, bytes]:
         return dict.fromkeys(roles, b"")
     policy = load_policy()
     return {role: policy.compile(role, options.seccomp) for role in roles}
+
+
+def require_ordinary_user_for_maps(options: Options) -> None:
+    """ConfigError if a map was given where no user namespace is made."""
+    for option, id_map in (("--uid-map", options.uid_map), ("--gid-map", options.gid_map)):
+        if id_map and os.geteuid() == 0:
+            raise ConfigError(f"{option}: is for vfsd started by an ordinary user; leave it out: root sets any id without")
+        if id_map and options.sandbox != "namespace":
+            raise ConfigError(f"{option}: needs a user namespace, which --sandbox={options.sandbox} has not; use --sandbox=namespace")
 
 
 def resolve_share(options: Options) -> bytes:

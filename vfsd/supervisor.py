@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -28,10 +28,10 @@ from vfsd.errors import ChildBreach
 from vfsd.fds import OwnedFd
 from vfsd.limits import set_nofile
 from vfsd.log import ERROR, WARNING, StderrLog, decode_text
-from vfsd.roles import Roles, make_roles, resolve_share
+from vfsd.roles import Roles, make_roles, require_ordinary_user_for_maps, resolve_share
 from vfsd.sandbox import landlock
 from vfsd.sandbox.lockdown import lock_down
-from vfsd.sandbox.namespaces import spawn_pid_namespace
+from vfsd.sandbox.user_namespace import enter_user_namespace
 from vfsd.sockets import VhostSocket, adopt_socket, make_listener
 from vfsd.wire.channel import (
     BROKER_TO_SUPERVISOR,
@@ -63,6 +63,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 def serve(options: Options, log: StderrLog) -> int:
     """Everything from the parsed options to the exit status. Raises ConfigError for what the user can mend."""
+    require_ordinary_user_for_maps(options)
     options = replace(options, shared_dir=resolve_share(options))
     nofile = set_nofile(options.rlimit_nofile)
     if nofile.warning:
@@ -70,6 +71,9 @@ def serve(options: Options, log: StderrLog) -> int:
     if not landlock.abi_version():
         log.log(WARNING, "this kernel has no Landlock: one of the layers that keep control and workers from files is missing")
     with OwnedFd(os.pidfd_open(os.getpid())) as pidfd, closing(_make_endpoint(options)) as endpoint:
+        # The socket was made before: its group may not be known inside.
+        if options.sandbox == "namespace" and os.geteuid() != 0:
+            enter_user_namespace(options.uid_map, options.gid_map)
         roles = make_roles(options, pidfd.fileno(), nofile.limit)
         return Supervisor(roles, endpoint, log).run()
 
@@ -135,7 +139,7 @@ class Supervisor:
             accepts,
             make_config,
             pass_fds=(self._roles.supervisor_pidfd, *give),
-            namespace=self._namespace(),
+            pid_namespace=self._roles.options.sandbox == "namespace",
             log=self._log,
         )
         self._children.append(child)
@@ -143,9 +147,6 @@ class Supervisor:
         self._watch(child.channel.fileno(), partial(self._on_channel, child))
         self._log.debug(f"{role} started: pid {child.pid}")
         return child
-
-    def _namespace(self) -> AbstractContextManager[None]:
-        return spawn_pid_namespace() if self._roles.options.sandbox == "namespace" else nullcontext()
 
     def _watch(self, fd: int, callback: Callable[[], None]) -> None:
         self._selector.register(fd, selectors.EVENT_READ, callback)

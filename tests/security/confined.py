@@ -14,7 +14,7 @@ import sys
 import threading
 
 from vfsd.errors import ConfigError
-from vfsd.sandbox import capabilities, census, lockdown, memory, namespaces
+from vfsd.sandbox import capabilities, census, lockdown, memory, namespaces, syscalls
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -163,16 +163,19 @@ def attempt_start_child(spec, share, result_fd):
 def attempt_supervise(spec, share, result_fd):
     """Start a child that is bound to this process, tell its pid, and wait to be killed."""
     child = spec["child"]
-    with namespaces.spawn_pid_namespace():
-        pidfd = os.pidfd_open(os.getpid())
-        child["supervisor_pidfd"] = pidfd
-        read_fd, write_fd = os.pipe()
-        fds = [fd for fd in (child["filter_fd"], child["hold_fd"], write_fd, pidfd) if fd is not None]
-        started = subprocess.Popen([sys.executable, "-m", "tests.security.confined", json.dumps(child), str(write_fd)], pass_fds=fds)
+    pidfd = os.pidfd_open(os.getpid())
+    child["supervisor_pidfd"] = pidfd
+    read_fd, write_fd = os.pipe()
+    pid = syscalls.fork_into(syscalls.CLONE_NEWPID)
+    if pid == 0:
+        for fd in (child["filter_fd"], child["hold_fd"], write_fd, pidfd):
+            if fd is not None:
+                os.set_inheritable(fd, True)
+        os.execv(sys.executable, [sys.executable, "-m", "tests.security.confined", json.dumps(child), str(write_fd)])
     os.close(write_fd)
     confined = os.read(read_fd, 1 << 16).decode()
-    os.write(result_fd, json.dumps({"value": {"pid": started.pid, "said": confined}}).encode())
-    started.wait()
+    os.write(result_fd, json.dumps({"value": {"pid": pid, "said": confined}}).encode())
+    os.waitpid(pid, 0)
     os._exit(0)
 
 

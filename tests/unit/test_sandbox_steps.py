@@ -64,7 +64,6 @@ def test_what_is_no_filter_is_not_loaded(program):
 
 def test_failed_system_calls_raise_their_errno():
     for function, arguments, expected in (
-        (syscalls.setns, (-1, 0), errno.EBADF),
         (syscalls.mount_setattr, (-1, b"", syscalls.AT_EMPTY_PATH, 1), errno.EBADF),
         (syscalls.open_tree, (-1, b"nothing", 0), errno.EBADF),
         (syscalls.landlock_restrict_self, (-1,), None),

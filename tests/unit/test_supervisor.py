@@ -18,6 +18,7 @@ from vfsd.cli import parse_options
 from vfsd.fds import OwnedFd
 from vfsd.log import DEBUG, StderrLog
 from vfsd.roles import Roles
+from vfsd.sandbox.user_namespace import read_standing
 from vfsd.sockets import adopt_socket, make_listener
 from vfsd.supervisor import Supervisor
 
@@ -71,7 +72,7 @@ class Stage:
         actor = threading.Thread(target=self._act, args=(act, when)) if act else None
         with OwnedFd(os.pidfd_open(os.getpid())) as pidfd, closing(endpoint or make_listener(self.path, None)) as endpoint:
             roles = Roles(
-                options=options, filters=dict.fromkeys(("broker", "control", "worker", "supervisor"), b""), supervisor_pidfd=pidfd.fileno(), nofile=1024, privileged=False,
+                options=options, filters=dict.fromkeys(("broker", "control", "worker", "supervisor"), b""), supervisor_pidfd=pidfd.fileno(), nofile=1024, privileged=False, standing=read_standing(),
             )  # fmt: skip
             if actor:
                 actor.start()
@@ -298,7 +299,7 @@ def test_options_reach_the_children(stage):
 
 def test_capabilities_follow_the_options():
     options = parse_options(["--shared-dir=/tmp", "--fd=9"])
-    roles = Roles(options=options, filters=dict.fromkeys(("broker", "control", "worker", "supervisor"), b""), supervisor_pidfd=3, nofile=10**6, privileged=True)  # fmt: skip
+    roles = Roles(options=options, filters=dict.fromkeys(("broker", "control", "worker", "supervisor"), b""), supervisor_pidfd=3, nofile=10**6, privileged=True, standing=read_standing())  # fmt: skip
     assert "DAC_READ_SEARCH" in roles.broker(4).confinement.capabilities
     never = replace(roles, options=replace(options, inode_file_handles="never"))
     assert "DAC_READ_SEARCH" not in never.broker(4).confinement.capabilities

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from vfsd.broker.closer import Closer
 from vfsd.broker.credentials import Credentials
+from vfsd.broker.id_squash import IdSquash
 from vfsd.broker.pool import Pool
 from vfsd.broker.server import Server, Task
 from vfsd.broker.share import Settings, Share
@@ -83,10 +84,11 @@ def _own_umask() -> None:
 
 def _credentials(config: BrokerConfig, log: ChildLog) -> Credentials:
     """Without the capabilities for it nobody else's files can be made: then all belong to who started vfsd."""
+    own = (config.own_uid, config.own_gid)
     if capabilities.may("SETUID") and capabilities.may("SETGID"):
-        return Credentials(capabilities.mask_of(config.confinement.capabilities) & capabilities.permitted())
-    log.warning("no CAP_SETUID and CAP_SETGID: new files belong to the user who started vfsd, whoever makes them in the guest")
-    return Credentials(None)
+        permitted = capabilities.mask_of(config.confinement.capabilities) & capabilities.permitted()
+        return Credentials(permitted, own, IdSquash(own, config.uid_map, config.gid_map, log))
+    return Credentials(None, own, IdSquash(own, (), (), log))
 
 
 def _report(channel: Channel, worker: int, text: str) -> bool:

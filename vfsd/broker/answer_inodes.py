@@ -43,13 +43,23 @@ def answer_setattr(share: Share, call: Call, message: SetAttr) -> Answer:
         if message.valid & (attr.SET_UID | attr.SET_GID):
             uid = message.uid if message.valid & attr.SET_UID else _KEEP
             gid = message.gid if message.valid & attr.SET_GID else _KEEP
-            filecalls.fchownat(path.fd, uid, gid)
+            _change_owner(path.fd, uid, gid)
         if message.valid & attr.SET_SIZE:
             _set_size(share, call, inode, message)
         times = _times(message)
         if times is not None:
             filecalls.utimensat(share.proc_self_fd, magic_link, times)
         return Answer([encode_attr(path.statx())])
+
+
+def _change_owner(fd: int, uid: int, gid: int) -> None:
+    """EPERM also for ids that vfsd's user namespace has not: EINVAL would say that the guest asked for nonsense."""
+    try:
+        filecalls.fchownat(fd, uid, gid)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise ReplyErrno(errno.EPERM) from None
+        raise
 
 
 def _set_size(share: Share, call: Call, inode: Pin, message: SetAttr) -> None:

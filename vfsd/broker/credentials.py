@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
+from vfsd.broker.id_squash import IdSquash
 from vfsd.sandbox import filecalls
 
 CAP_DAC_OVERRIDE = 1 << 1
@@ -50,10 +51,15 @@ def caller_of(message: Making) -> Caller:
 
 
 class Credentials:
-    """`permitted`: the broker's own permitted set, restored after each switch; None where ids cannot be set at all."""
+    """`permitted`: the broker's own permitted set, restored after each switch; None where ids cannot be set at all.
 
-    def __init__(self, permitted: int | None) -> None:
+    `own`: uid and gid that the broker has otherwise. `squash`: decides who a caller is whose ids cannot be set.
+    """
+
+    def __init__(self, permitted: int | None, own: tuple[int, int] = (0, 0), squash: IdSquash | None = None) -> None:
         self._permitted = permitted
+        self._own_uid, self._own_gid = own
+        self._squash = squash
 
     @contextmanager
     def of_caller(self, caller: Caller) -> Iterator[None]:
@@ -61,7 +67,9 @@ class Credentials:
         uid, gid, umask, _groups = caller
         if _NOBODY_AT_ALL in (uid, gid):
             raise OSError(errno.EINVAL, "not a uid or gid")
-        if self._permitted is None or (uid == 0 and gid == 0):
+        if self._squash is not None:
+            uid, gid = self._squash.settable(uid, gid)
+        if self._permitted is None or (uid == 0 == self._own_uid and gid == self._own_gid):
             with _umask(umask):
                 yield
             return
@@ -86,9 +94,9 @@ class Credentials:
     def _return(self, uid: int, permitted: int) -> None:
         try:
             if uid != 0:
-                filecalls.set_thread_uid(0)
+                filecalls.set_thread_uid(self._own_uid)
                 filecalls.set_thread_effective_capabilities(permitted, permitted)
-            filecalls.set_thread_gid(0)
+            filecalls.set_thread_gid(self._own_gid)
         except OSError:
             os._exit(EXIT_CREDENTIALS_LOST)
 

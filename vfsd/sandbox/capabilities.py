@@ -102,6 +102,17 @@ def lock_securebits(bits: int) -> None:
     syscalls.prctl(syscalls.PR_SET_SECUREBITS, bits)
 
 
+def keep_over_exec(kept: int) -> None:
+    """Hold exactly these, and let what this process executes have them too: without uid 0 exec would take them away.
+
+    Ambient ones stay so when they may no longer be made so (SECBIT_NO_CAP_AMBIENT_RAISE), and only as long as they are kept.
+    """
+    syscalls.capset(kept, kept, kept)
+    for bit in range(_BITS_OF_A_SET):
+        if kept >> bit & 1 and not syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_IS_SET, bit):
+            syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_RAISE, bit)
+
+
 def limit_to(kept: int) -> None:
     """Hold these, effective and permitted, and nothing else in any set but the bounding one.
 

@@ -40,6 +40,7 @@ class Confinement:
     """What one process is confined to. Plain values, so that it travels in a configuration.
 
     `capabilities`: names without CAP_ that it keeps, as far as it holds them. `uid`, `gid`, `nofile`: None leaves as it is.
+    `may_drop_groups`: false in a user namespace where setgroups(2) is denied for good; the groups are then those of the user.
     `seccomp_filter`: BPF of `Policy.compile`; empty for none. `landlock`: deny all, where the kernel has Landlock.
     """
 
@@ -52,6 +53,7 @@ class Confinement:
     landlock: bool
     nofile: int | None
     supervisor_pidfd: int | None
+    may_drop_groups: bool = True
 
 
 def lock_down(confinement: Confinement, *, start_threads: Callable[[], None] | None = None) -> None:
@@ -94,7 +96,7 @@ def _change_ids(confinement: Confinement) -> None:
     if confinement.uid is not None and capabilities.permitted():
         with step("keep capabilities over the change of uid", _START_AS_ROOT):
             capabilities.keep_over_uid_change()
-    if confinement.gid is not None or capabilities.may("SETGID"):
+    if confinement.may_drop_groups and (confinement.gid is not None or capabilities.may("SETGID")):
         with step("drop supplementary groups", f"it needs CAP_SETGID; {_START_AS_ROOT}"):
             os.setgroups([])
     if confinement.gid is not None:
@@ -116,7 +118,10 @@ def _drop_capabilities(confinement: Confinement) -> None:
         with step("lock the securebits", f"it needs CAP_SETPCAP; {_START_AS_ROOT}"):
             capabilities.lock_securebits(_SECUREBITS[confinement.role])
     with step("drop capabilities", _START_AS_ROOT):
-        capabilities.limit_to(kept)
+        if confinement.role == "supervisor" and os.geteuid() != 0:
+            capabilities.keep_over_exec(kept)
+        else:
+            capabilities.limit_to(kept)
 
 
 def _can_limit_bounding(confinement: Confinement) -> bool:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,9 +20,9 @@ from vfsd.sandbox.steps import step
 Sandbox = Literal["namespace", "chroot", "none"]
 
 _OWN_NAMESPACES = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWNET | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS
-_USE_CHROOT = "start vfsd as root with CAP_SYS_ADMIN, or use --sandbox=chroot or --sandbox=none"
+USE_CHROOT = "start vfsd as root with CAP_SYS_ADMIN, or use --sandbox=chroot or --sandbox=none"
 _USE_NONE = "start vfsd as root with CAP_SYS_CHROOT, or use --sandbox=none"
-_NEEDS_5_14 = f"it needs Linux 5.14; {_USE_CHROOT}"
+_NEEDS_5_14 = f"it needs Linux 5.14; {USE_CHROOT}"
 _READABLE = "name a directory in --shared-dir that vfsd may read"
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _OPEN_PATH = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -47,24 +45,11 @@ class ShareRoot:
         self.proc_self_fd.close()
 
 
-@contextmanager
-def spawn_pid_namespace() -> Iterator[None]:
-    """Processes that this thread starts inside the block are each the first of one new pid namespace (start only one)."""
-    with OwnedFd(os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)) as own:
-        with step("make a pid namespace", _USE_CHROOT):
-            syscalls.unshare(syscalls.CLONE_NEWPID)
-        try:
-            yield
-        finally:
-            with step("return from the pid namespace", _USE_CHROOT):
-                syscalls.setns(own.fileno(), syscalls.CLONE_NEWPID)
-
-
 def enter_empty_root(sandbox: Sandbox) -> None:
     """Leave the host's files, network, IPC and host name behind: control and workers."""
     if sandbox == "namespace":
         _unshare()
-        with step("make an empty root file system", _USE_CHROOT):
+        with step("make an empty root file system", USE_CHROOT):
             # Mode 500: only uid 0 may so much as list it, and control and workers are not uid 0 for long.
             empty = OwnedFd(syscalls.new_mount(b"tmpfs", {b"mode": b"500", b"nr_inodes": b"1"}, _EMPTY_ATTRIBUTES))
         with empty:
@@ -104,28 +89,41 @@ def _enter_share_namespace(shared_dir: bytes, readonly: bool) -> ShareRoot:
         with step("protect the mounts of the shared directory", _NEEDS_5_14):
             # Before they are attached: nobody ever sees them with fewer attributes.
             syscalls.mount_setattr(tree.fileno(), b"", syscalls.AT_EMPTY_PATH | syscalls.AT_RECURSIVE, attributes)
-        with step("mount a procfs of the pid namespace", _USE_CHROOT):
-            proc = OwnedFd(syscalls.new_mount(b"proc", {b"subset": b"pid"}, _PROC_ATTRIBUTES))
-        with proc:
-            _pivot_into(tree.fileno())
-            with step("open /proc/self", _USE_CHROOT):
-                proc_self_fd = OwnedFd(os.open("self/fd", _OPEN_PATH, dir_fd=proc.fileno()))
+        proc_self_fd = _open_proc_self_fd()
+        _pivot_into(tree.fileno())
         with step("open the shared directory", _READABLE):  # once more, through the mount that is protected
             return ShareRoot(OwnedFd(os.open("/", _OPEN_DIRECTORY)), proc_self_fd)
 
 
+def _open_proc_self_fd() -> OwnedFd:
+    """Of a procfs of this pid namespace; of the one on /proc where the kernel refuses a new one.
+
+    It does in a user namespace if parts of /proc are hidden by mounts, as containers do it: a new procfs would show them.
+    """
+    try:
+        proc = OwnedFd(syscalls.new_mount(b"proc", {b"subset": b"pid"}, _PROC_ATTRIBUTES))
+    except PermissionError:
+        with step("open /proc/self", "mount procfs on /proc"):
+            return OwnedFd(os.open("/proc/self/fd", _OPEN_PATH))
+    except OSError as error:
+        with step("mount a procfs of the pid namespace", USE_CHROOT):
+            raise error from None
+    with proc, step("open /proc/self", USE_CHROOT):
+        return OwnedFd(os.open("self/fd", _OPEN_PATH, dir_fd=proc.fileno()))
+
+
 def _unshare() -> None:
-    with step("make namespaces (mount, network, IPC, UTS)", _USE_CHROOT):
+    with step("make namespaces (mount, network, IPC, UTS)", USE_CHROOT):
         syscalls.unshare(_OWN_NAMESPACES)
-    with step("keep own mounts from reaching the host", _USE_CHROOT):
+    with step("keep own mounts from reaching the host", USE_CHROOT):
         syscalls.mount(b"none", b"/", None, syscalls.MS_SLAVE | syscalls.MS_REC)
 
 
 def _pivot_into(tree: int) -> None:
     """Make a mount that is attached nowhere the root, and detach all that was there."""
-    with step("attach the new root", _USE_CHROOT):
+    with step("attach the new root", USE_CHROOT):
         syscalls.move_mount(tree, b"", syscalls.AT_FDCWD, b"/", syscalls.MOVE_MOUNT_F_EMPTY_PATH)
-    with step("change the root", f"pivot_root(2) is not possible where / is an initramfs; {_USE_CHROOT}"):
+    with step("change the root", f"pivot_root(2) is not possible where / is an initramfs; {USE_CHROOT}"):
         os.fchdir(tree)
         syscalls.pivot_root(b".", b".")  # the old root now lies over the new one, at the same place (pivot_root(2), NOTES)
         syscalls.umount2(b".", syscalls.MNT_DETACH)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import signal
 
 CLONE_FS = 0x00000200
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
@@ -45,6 +47,8 @@ PR_SET_SECUREBITS = 28
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_IS_SET = 1
+PR_CAP_AMBIENT_RAISE = 2
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 SECCOMP_SET_MODE_FILTER = 1
@@ -57,8 +61,8 @@ _CAPABILITY_WORDS = 2  # version 3 has two 32-bit words per set
 
 # Calls numbered before the numbers became the same everywhere (424 and up), and without a wrapper in glibc 2.36.
 _NUMBERS = {
-    "x86_64": {"pivot_root": 155, "seccomp": 317},
-    "aarch64": {"pivot_root": 41, "seccomp": 277},
+    "x86_64": {"clone": 56, "pivot_root": 155, "seccomp": 317},
+    "aarch64": {"clone": 220, "pivot_root": 41, "seccomp": 277},
 }
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
@@ -72,6 +76,8 @@ _NR_LANDLOCK_RESTRICT_SELF = 446
 _NR = _NUMBERS[platform.machine()]
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_libc_holding_the_gil = ctypes.PyDLL(None, use_errno=True)
+_libc_holding_the_gil.syscall.restype = ctypes.c_long
 
 
 class _MountAttr(ctypes.Structure):
@@ -120,8 +126,14 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags))
 
 
-def setns(fd: int, kind: int) -> None:
-    _check(_libc.setns(fd, kind))
+def fork_into(namespaces: int) -> int:
+    """fork(2), but the child, where this returns 0, is in new namespaces; only from the only thread of a process.
+
+    libc and the interpreter do not know of the child: it must do little, and end by exec or os._exit. The GIL is held over
+    the call, so the child has it too.
+    """
+    arguments = [ctypes.c_long(each) for each in (_NR["clone"], namespaces | signal.SIGCHLD, 0, 0, 0, 0)]
+    return _check(_libc_holding_the_gil.syscall(*arguments))
 
 
 def mount(source: bytes, target: bytes, file_system: bytes | None, flags: int) -> None:
