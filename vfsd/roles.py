@@ -13,6 +13,7 @@ from typing import Literal
 
 from vfsd.config import BrokerConfig, ControlConfig, Options, WorkerConfig
 from vfsd.errors import ConfigError
+from vfsd.sandbox import capabilities
 from vfsd.sandbox.id_maps import choose_powerless_id
 from vfsd.sandbox.lockdown import Confinement
 from vfsd.sandbox.seccomp import load_policy
@@ -62,8 +63,8 @@ class Roles:
             nofile=self.nofile,
             uid_map=self.standing.uid_map if self.privileged else (),
             gid_map=self.standing.gid_map if self.privileged else (),
-            own_uid=self.standing.own_uid,
-            own_gid=self.standing.own_gid,
+            own_uid=self.standing.own_uid if self.privileged else os.geteuid(),
+            own_gid=self.standing.own_gid if self.privileged else os.getegid(),
         )
 
     def control(self, channel_fd: int) -> ControlConfig:
@@ -143,8 +144,10 @@ def _compile_filters(options: Options) -> dict[Role, bytes]:
     return {role: policy.compile(role, options.seccomp) for role in roles}
 
 
-def require_ordinary_user_for_maps(options: Options) -> None:
-    """ConfigError if a map was given where no user namespace is made."""
+def check_starter(options: Options) -> None:
+    """ConfigError if whoever starts vfsd cannot have what the options ask for."""
+    if options.sandbox == "chroot" and not capabilities.may("SYS_CHROOT"):
+        raise ConfigError("--sandbox=chroot: only root may change its root directory; use --sandbox=namespace or --sandbox=none")
     for option, id_map in (("--uid-map", options.uid_map), ("--gid-map", options.gid_map)):
         if id_map and os.geteuid() == 0:
             raise ConfigError(f"{option}: is for vfsd started by an ordinary user; leave it out: root sets any id without")

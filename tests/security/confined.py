@@ -14,7 +14,7 @@ import sys
 import threading
 
 from vfsd.errors import ConfigError
-from vfsd.sandbox import capabilities, census, lockdown, memory, namespaces, syscalls
+from vfsd.sandbox import capabilities, census, lockdown, memory, namespaces, syscalls, user_namespace
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -44,6 +44,9 @@ def confine_and_attempt(spec, result_fd):
         os.setgroups([])
         os.setresgid(*[spec["start_uid"]] * 3)
         os.setresuid(*[spec["start_uid"]] * 3)
+    if spec["user_namespace"]:
+        syscalls.prctl(4, 1)  # PR_SET_DUMPABLE, which the change of uid cleared: /proc/self would be root's
+        user_namespace.enter_user_namespace((), ())
     before = census.open_fds(os.getpid()) if spec["count_fds"] else None
     share = None
     if spec["enter"] == "share":
@@ -73,6 +76,7 @@ def lock(spec) -> None:
             landlock=spec["landlock"],
             nofile=spec["nofile"],
             supervisor_pidfd=spec["supervisor_pidfd"],
+            may_drop_groups=not spec["user_namespace"],
         ),
         start_threads=lambda: start_threads(spec["threads"]),
     )

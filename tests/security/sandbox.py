@@ -41,6 +41,7 @@ class Spec:
     filter_fd: int | None = None
     supervisor_pidfd: int | None = None
     start_uid: int | None = None  # the uid that starts the program
+    user_namespace: bool = False  # it enters one of its own id alone
     lacking: Sequence[str] = ()  # capabilities that the program is started without
     count_fds: bool = False
     attempt: str = "evaluate"

@@ -30,6 +30,7 @@ class User:
     subuid: str = ""
     subgid: str = ""
     no_new_privs: bool = False
+    user_namespaces: bool = True  # whether it may make some; if not it is in one already, with the limit 0 there
     files: tuple[tuple[str, str], ...] = ()
 
 
@@ -41,6 +42,7 @@ def main() -> None:
     from vfsd.sandbox import syscalls  # noqa: PLC0415  # only where the tree can be imported from
 
     user = User(**json.loads(sys.argv[1]))
+    os.umask(0o022)
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount(b"none", b"/", None, syscalls.MS_PRIVATE | syscalls.MS_REC)
     make_reachable([Path(sys.base_prefix), Path(sys.prefix), TOP])
@@ -52,6 +54,8 @@ def main() -> None:
     os.setgroups(user.groups)
     os.setresgid(user.gid, user.gid, user.gid)
     os.setresuid(user.uid, user.uid, user.uid)
+    if not user.user_namespaces:
+        forbid_user_namespaces(user)
     os.execv(sys.argv[2], sys.argv[2:])
 
 
@@ -68,6 +72,21 @@ def make_reachable(directories: list[Path]) -> None:
             os.makedirs(path)
             syscalls.mount(f"/proc/self/fd/{fd}".encode(), os.fsencode(path), None, MS_BIND | syscalls.MS_REC)
         os.close(fd)
+
+
+def forbid_user_namespaces(user: User) -> None:
+    """The limit is of the namespace that it is set in, and needs a capability there."""
+    from vfsd.sandbox import syscalls  # noqa: PLC0415
+
+    syscalls.prctl(4, 1)  # PR_SET_DUMPABLE, which the change of uid cleared: /proc/self would be root's
+    syscalls.unshare(syscalls.CLONE_NEWUSER)
+    for name, text in (
+        ("self/uid_map", f"{user.uid} {user.uid} 1"),
+        ("self/setgroups", "deny"),
+        ("self/gid_map", f"{user.gid} {user.gid} 1"),
+        ("sys/user/max_user_namespaces", "0"),
+    ):
+        Path("/proc", name).write_text(text)
 
 
 def put_over(path: str, text: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.frontend.checks import NOT_FOUND, eventually, eventually_stable
-from tests.support.frontend.daemon import Daemon, Options
+from tests.support.frontend.daemon import CommandLine, Daemon, Options
 from tests.support.frontend.device import Device
 from tests.support.frontend.fuse_client import ROOT, FuseClient
 from tests.support.frontend.sequences import QEMU_10, Frontend
@@ -72,11 +72,12 @@ def start(
     queues: int = 2,
     init: bool = True,
     device_options: dict[str, Any] | None = None,
+    command: CommandLine | None = None,
 ) -> Served:
     """A daemon that serves folder/share, with a frontend attached."""
     share = folder / "share"
     share.mkdir(exist_ok=True)
-    daemon = Daemon(share, folder / "vfsd.sock", options)
+    daemon = Daemon(share, folder / "vfsd.sock", options, command=command)
     try:
         device = Device(str(daemon.socket), queues=queues, **(device_options or {}))
         try:
