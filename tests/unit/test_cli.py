@@ -105,3 +105,19 @@ def test_a_share_that_is_not_there_is_an_error_of_one_line_and_status_1(tmp_path
     assert ended.stderr.count("\n") == 1
     assert f"--shared-dir={tmp_path}/none: does not exist" in ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_maps_may_be_repeated_as_libvirt_does():
+    options = parse_options([*MINIMAL, "--uid-map=:0:1000:1:", "--uid-map", ":1:100000:65536:", "--gid-map=,0,1001,1,"])
+    assert options.uid_map == ((0, 1000, 1), (1, 100000, 65536))
+    assert options.gid_map == ((0, 1001, 1),)
+    assert parse_options(MINIMAL).uid_map == parse_options(MINIMAL).gid_map == ()
+
+
+@pytest.mark.parametrize("option", ["--uid-map", "--gid-map"])
+def test_a_bad_map_shows_option_text_reason_and_remedy(capsys, option):
+    text = refused(capsys, *MINIMAL, f"{option}=:0:1000:")
+    assert f"argument {option}: ':0:1000:' is not three numbers" in text
+    assert "write :INSIDE:OUTSIDE:COUNT:, for instance" in text
+    text = refused(capsys, *MINIMAL, f"{option}=:0:1000:1:", f"{option}=:0:2000:1:")
+    assert f"argument {option}: :0:1000:1: and :0:2000:1: map an id twice" in text

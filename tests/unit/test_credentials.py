@@ -178,3 +178,31 @@ def test_minus_one_is_nobody_and_not_ourselves(uid, gid):
     with pytest.raises(OSError) as refused, Credentials(0).of_caller(Caller(uid, gid)):
         pytest.fail("it became somebody")
     assert refused.value.errno == errno.EINVAL
+
+
+OWN = (1000, 1001)
+
+
+def test_a_broker_that_is_not_uid_0_returns_to_its_own_ids(monkeypatch):
+    kernel = Kernel(monkeypatch)
+    with Credentials(0b11, OWN).of_caller(5, 6):
+        assert kernel.calls == [("set_thread_gid", 6), ("set_thread_uid", 5), ("set_thread_effective_capabilities", 0b10, 0b11)]
+    assert kernel.calls[3:] == [("set_thread_uid", 1000), ("set_thread_effective_capabilities", 0b11, 0b11), ("set_thread_gid", 1001)]
+
+
+def test_a_broker_that_is_the_guests_user_itself_keeps_only_dac_override_too(monkeypatch):
+    """Not root in the guest, so CVE-2022-0358 concerns it."""
+    kernel = Kernel(monkeypatch)
+    with Credentials(0b11, OWN).of_caller(*OWN):
+        assert kernel.calls[-1] == ("set_thread_effective_capabilities", 0b10, 0b11)
+
+
+def test_ids_that_cannot_be_set_are_squashed_before_the_switch(monkeypatch):
+    class Squash:
+        def settable(self, uid, gid):
+            assert (uid, gid) == (70000, 70001)
+            return OWN
+
+    kernel = Kernel(monkeypatch)
+    with Credentials(0b11, OWN, Squash()).of_caller(70000, 70001):
+        assert kernel.calls[:2] == [("set_thread_gid", 1001), ("set_thread_uid", 1000)]
