@@ -185,7 +185,7 @@ OWN = (1000, 1001)
 
 def test_a_broker_that_is_not_uid_0_returns_to_its_own_ids(monkeypatch):
     kernel = Kernel(monkeypatch)
-    with Credentials(0b11, OWN).of_caller(5, 6):
+    with Credentials(0b11, OWN).of_caller(Caller(5, 6)):
         assert kernel.calls == [("set_thread_gid", 6), ("set_thread_uid", 5), ("set_thread_effective_capabilities", 0b10, 0b11)]
     assert kernel.calls[3:] == [("set_thread_uid", 1000), ("set_thread_effective_capabilities", 0b11, 0b11), ("set_thread_gid", 1001)]
 
@@ -193,7 +193,7 @@ def test_a_broker_that_is_not_uid_0_returns_to_its_own_ids(monkeypatch):
 def test_a_broker_that_is_the_guests_user_itself_keeps_only_dac_override_too(monkeypatch):
     """Not root in the guest, so CVE-2022-0358 concerns it."""
     kernel = Kernel(monkeypatch)
-    with Credentials(0b11, OWN).of_caller(*OWN):
+    with Credentials(0b11, OWN).of_caller(Caller(*OWN)):
         assert kernel.calls[-1] == ("set_thread_effective_capabilities", 0b10, 0b11)
 
 
@@ -204,5 +204,5 @@ def test_ids_that_cannot_be_set_are_squashed_before_the_switch(monkeypatch):
             return OWN
 
     kernel = Kernel(monkeypatch)
-    with Credentials(0b11, OWN, Squash()).of_caller(70000, 70001):
+    with Credentials(0b11, OWN, Squash()).of_caller(Caller(70000, 70001)):
         assert kernel.calls[:2] == [("set_thread_gid", 1001), ("set_thread_uid", 1000)]
