@@ -85,7 +85,7 @@ class Credentials:
         if uid == 0:
             return
         try:
-            filecalls.set_thread_uid(uid)  # clears the effective set
+            filecalls.set_thread_uid(uid)  # clears the effective set, if we were uid 0
             filecalls.set_thread_effective_capabilities(permitted & CAP_DAC_OVERRIDE, permitted)
         except OSError:
             self._return(uid, permitted)

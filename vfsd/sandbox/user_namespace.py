@@ -28,7 +28,7 @@ from vfsd.sandbox.id_maps import IdMap, IdRange, choose_own_id, parse_id_map
 Kind = Literal["uid", "gid"]
 
 _USE_NONE = "change that, start vfsd as root, or use --sandbox=none"
-_NO_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MOST_REPORT_BYTES = 4096
 _OK = b"ok"
 # What an administrator may have switched off: the file, the value that forbids, and where it does, what to say.
@@ -116,7 +116,7 @@ def _unavailable(error: OSError) -> ConfigError:
 
 def _map_command(kind: Kind, id_map: IdMap) -> list[str]:
     program = f"new{kind}map"
-    found = shutil.which(program) or shutil.which(program, path=_NO_SYSTEM_PATH)
+    found = shutil.which(program) or shutil.which(program, path=_SYSTEM_PATH)
     if found is None:
         raise ConfigError(
             f"--{kind}-map: the program {program}, which sets more ids than one's own, was not found; install it (package uidmap or shadow-utils), or leave --{kind}-map out"
