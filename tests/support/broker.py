@@ -17,6 +17,7 @@ from vfsd.broker.credentials import Credentials
 from vfsd.broker.inode_store import ROOT_NODEID
 from vfsd.broker.server import Server
 from vfsd.broker.share import Settings, Share
+from vfsd.broker.whereabouts import Whereabouts
 from vfsd.fds import OwnedFd
 from vfsd.log import ERROR, TRACE, WARNING, Logger
 from vfsd.wire import attr
@@ -48,6 +49,14 @@ class RecordingLog(Logger):
         return [text for text in self.errors if text.startswith("bug in")]
 
 
+class ImmediateCloser(Closer):
+    """Closes at once, on the caller's thread."""
+
+    def take(self, fd: int, mount: int) -> None:
+        del mount
+        os.close(fd)
+
+
 def path_fd(path: Any) -> OwnedFd:
     return OwnedFd(os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
 
@@ -66,7 +75,7 @@ def open_share(path: Any, log: Any, notify: Any, *, credentials: Credentials | N
         "most_guest_fds": 1000,
     } | settings
     root = OwnedFd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    return Share(root, proc_self_fd(), Settings(**chosen), credentials or Credentials(None), log, notify, Closer())
+    return Share(root, proc_self_fd(), Settings(**chosen), credentials or Credentials(None), log, notify, ImmediateCloser(), Whereabouts())
 
 
 def close_share(share: Share) -> None:

@@ -17,7 +17,7 @@ from vfsd.wire import broker_messages as wire
 from vfsd.wire import fuse_abi as abi
 from vfsd.worker import opcodes
 from vfsd.worker.file_system import NO_REPLY, Placed
-from vfsd.worker.io_pool import Job
+from vfsd.worker.io_pool import THREADS, Job
 
 STATFS = abi.FUSE_STATFS
 
@@ -241,6 +241,26 @@ def test_what_a_pool_thread_does_cannot_be_given_up(session, monkeypatch):
     go.set()
     assert session.finish(head) == (0, b"done")
     assert session.dispatcher.give_up(session.ring) is True
+
+
+def test_what_waits_for_its_turn_on_the_pool_can_be_given_up(session, monkeypatch):
+    go, ran = threading.Event(), []
+
+    def handle(_fs, request):
+        yield Job(1, lambda: (ran.append(request), go.wait(20)))
+        return b"done"
+
+    monkeypatch.setitem(opcodes.HANDLERS, STATFS, handle)
+    running = [session.submit(pack_request(STATFS)) for _ in range(THREADS // 2)]
+    waiting = [session.submit(pack_request(STATFS)) for _ in range(3)]
+    assert session.dispatcher.give_up(session.ring) is False, "some run"
+    assert set(session.queue.chains) == set(running)
+    for head in waiting:
+        assert session._decode(bytes(session._buffers[head]), dict(session.queue.pushed)[head]) == (errno.EIO, b"")
+    go.set()
+    for head in running:
+        assert session.finish(head) == (0, b"done")
+    assert len(ran) == len(running)
 
 
 def test_another_rings_requests_are_not_given_up(session, monkeypatch):

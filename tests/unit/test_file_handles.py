@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from tests.support.broker import RecordingLog, path_fd, proc_self_fd
+from tests.support.broker import ImmediateCloser, RecordingLog, path_fd, proc_self_fd
 from vfsd.broker.file_handles import FileHandles, device_of, handle_in, handle_key, ids_key
 from vfsd.broker.mount_fds import MountFds
 from vfsd.errors import ConfigError
@@ -24,7 +24,7 @@ def log():
 def handles(log):
     """Make a FileHandles of a mode."""
     with proc_self_fd() as proc:
-        yield lambda mode: FileHandles(mode, MountFds(proc.fileno()), log)
+        yield lambda mode: FileHandles(mode, MountFds(proc.fileno(), ImmediateCloser()), log)
 
 
 @pytest.fixture

@@ -104,6 +104,43 @@ def test_a_mount_takes_at_most_half_of_the_threads(pool):
     assert pool._waiting == {}
 
 
+def test_remote_mounts_leave_a_thread_to_the_others(pool):
+    held = [Held() for _ in range(2 * THREADS)]
+    waiters = [Waiter() for _ in held]
+    for number, (work, waiter) in enumerate(zip(held, waiters, strict=True)):
+        pool.submit(Job(number % 3, work, remote=True), waiter)
+    for work in held[: THREADS - 1]:
+        assert work.started.wait(PATIENCE)
+    local = [Waiter() for _ in range(10)]
+    for waiter in local:
+        pool.submit(Job(7, lambda: None), waiter)
+    drain(pool, local)
+    assert sum(work.started.is_set() for work in held) == THREADS - 1
+    for work in held:
+        work.go.set()
+    drain(pool, waiters)
+    assert pool._running == {}
+    assert pool._running_remote == 0
+
+
+def test_a_job_that_waits_for_its_mount_can_be_taken_back(pool):
+    held = [Held() for _ in range(THREADS)]
+    waiters = [Waiter() for _ in held]
+    for work, waiter in zip(held, waiters, strict=True):
+        pool.submit(Job(1, work), waiter)
+    assert held[0].started.wait(PATIENCE)
+    assert not pool.withdraw(waiters[0]), "it runs"
+    for waiter in waiters[THREADS // 2 :]:
+        assert pool.withdraw(waiter)
+        assert not pool.withdraw(waiter)
+    assert pool._waiting == {}
+    for work in held:
+        work.go.set()
+    drain(pool, waiters[: THREADS // 2])
+    assert not any(waiter.results for waiter in waiters[THREADS // 2 :])
+    assert not any(work.started.is_set() for work in held[THREADS // 2 :])
+
+
 def test_a_waiter_may_submit_again_when_it_is_finished(pool):
     class Again(Waiter):
         def finished(self, result, error):

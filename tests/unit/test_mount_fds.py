@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from tests.support.broker import path_fd, proc_self_fd
+from tests.support.broker import ImmediateCloser, path_fd, proc_self_fd
 from vfsd.broker.mount_fds import MountFds
 from vfsd.sandbox import filecalls, syscalls
 
@@ -18,7 +18,7 @@ MS_BIND = 4096
 @pytest.fixture
 def mounts():
     with proc_self_fd() as proc:
-        yield MountFds(proc.fileno())
+        yield MountFds(proc.fileno(), ImmediateCloser())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from vfsd.broker import server as module
 from vfsd.broker.inode_store import ROOT_NODEID
 from vfsd.broker.requests import HANDLERS
 from vfsd.broker.session_change import ACKNOWLEDGE_SECONDS
+from vfsd.broker.whereabouts import NOWHERE, Place
 from vfsd.broker.worker_link import UNREAD_SECONDS
 from vfsd.wire import broker_messages as wire
 
@@ -158,6 +159,55 @@ def flood(bench, worker):
         worker.send(*[wire.LookupMany(ROOT_NODEID, [b"missing"] * 200)] * 20)
         bench.pump()
     return link
+
+
+def test_what_is_refused_is_answered_stale_without_being_done(bench, worker, tmp_path):
+    (number,) = worker.send(wire.MkDir(ROOT_NODEID, b"never", 0o755, 0, 0))
+    (task,) = bench.server.next_turn()
+    bench.server.finish_turn()
+    assert not bench.server.is_outdated(task)
+    before = bench.server.generation
+    bench.begin_session()
+    assert bench.server.generation > before
+    assert bench.server.is_outdated(task)
+    bench.server.refuse(task)
+    worker.read()
+    assert worker.replies.pop(number).errno == errno.ESTALE
+    assert task.link.unanswered == 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_of_a_worker_that_is_gone_nothing_goes_on_waiting(bench, worker):
+    worker.send(GETATTR)
+    (task,) = bench.server.next_turn()
+    bench.server.finish_turn()
+    before = bench.server.generation
+    worker.socket.shutdown(socket.SHUT_RDWR)
+    bench.pump()
+    assert bench.server.generation > before
+    assert bench.server.is_outdated(task)
+    bench.server.refuse(task)
+    assert task.link.unanswered == 0
+
+
+def test_a_request_is_where_its_first_inode_is_and_at_the_name_it_looks_up(bench, worker, tmp_path):
+    (tmp_path / "directory").mkdir()
+    nodeid = worker.lookup(b"directory")
+    mount = bench.share.store.mount_of(nodeid)
+    expected = [
+        (wire.Lookup(nodeid, b"name"), Place(mount, nodeid, b"name")),
+        (wire.Unlink(nodeid, b"name"), Place(mount, nodeid, b"name")),
+        (wire.LookupMany(nodeid, [b"a", b"b"]), Place(mount, nodeid, b"")),
+        (wire.GetAttr(nodeid), Place(mount, nodeid, None)),
+        (wire.GetAttr(1 << 40), Place(0, 1 << 40, None)),
+        (wire.Forget([nodeid, 0]), NOWHERE),
+        (wire.Release(nodeid, 1), NOWHERE),
+        (wire.SessionAck(1), NOWHERE),
+        (wire.SessionEnd(), NOWHERE),
+    ]
+    for message, place in expected:
+        spec = next(spec for spec in wire.REQUESTS if spec.message is type(message))
+        assert bench.server.place_of(module.Task(None, 0, spec, 1, message)) == place
 
 
 def test_a_worker_that_does_not_read_is_not_read_and_goes_on_when_it_reads(bench, worker):

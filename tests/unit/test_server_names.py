@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.broker import Bench, attributes, changed, naming
 from vfsd.broker.inode_store import ROOT_NODEID
+from vfsd.broker.whereabouts import Place, PoolThread
 from vfsd.wire import attr
 from vfsd.wire import broker_messages as wire
 
@@ -132,6 +133,18 @@ def test_many_names_are_looked_up_each_for_itself(worker, tmp_path):
     assert [result[1:] for result in results[1:4]] == [[0, b""]] * 3
     assert [results[0][1], results[4][1]] == [worker.lookup(b"file"), worker.lookup(b"dir")]
     assert attributes(results[0][2])["ino"] == (tmp_path / "file").stat().st_ino
+
+
+def test_a_listing_leaves_out_a_name_at_which_another_thread_hangs(bench, worker, tmp_path):
+    for name in ("dead", "alive"):
+        (tmp_path / name).touch()
+    hanging = PoolThread("pool7")
+    hanging.place = Place(1, ROOT_NODEID, b"dead")
+    bench.share.whereabouts.late.append(hanging)
+    found = worker.ask_ok(wire.LookupMany(ROOT_NODEID, [b"dead", b"alive"])).fields
+    assert [(error, bool(nodeid)) for error, nodeid, _attr in found] == [(errno.EAGAIN, False), (0, True)]
+    bench.share.whereabouts.late.clear()
+    assert worker.ask_ok(wire.LookupMany(ROOT_NODEID, [b"dead"])).fields[0][0] == 0
 
 
 def test_a_full_store_says_enfile_and_keeps_nothing(bench, worker, tmp_path):

@@ -14,6 +14,7 @@ from vfsd.broker.pool import Pool
 from vfsd.broker.server import Server, Task
 from vfsd.broker.share import Settings, Share
 from vfsd.broker.watchdog import Watchdog
+from vfsd.broker.whereabouts import Whereabouts
 from vfsd.channel import Channel
 from vfsd.config import BrokerConfig, read_config
 from vfsd.log import ChildLog
@@ -47,7 +48,8 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
         log.bug("a thread of the pool", error)
         os._exit(1)
 
-    pool: Pool[Task] = Pool(server, POOL_THREADS, watchdog.wake, crashed)
+    whereabouts = Whereabouts()
+    pool: Pool[Task] = Pool(server, POOL_THREADS, whereabouts, watchdog.wake, crashed)
     closer = Closer()
 
     def start_threads() -> None:
@@ -67,7 +69,7 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
         allow_direct_io=config.allow_direct_io,
         preserve_noatime=config.preserve_noatime,
     )
-    server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.notify, closer))
+    server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.notify, closer, whereabouts))
     # No request makes cycles (see errors.drop_traceback), and a collection over a million inodes would be a pause that every guest feels.
     gc.collect()
     gc.freeze()

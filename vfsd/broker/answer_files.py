@@ -51,7 +51,8 @@ def _keep(share: Share, call: Call, inode: Pin, fd: OwnedFd) -> Answer:
     try:
         share.require_room_for_fd()
         traits = share.traits.of(fd.fileno(), inode.mount_id, inode.device)
-        copy = share.to_donate(os.dup(fd.fileno()), traits)
+        fd = share.own_open(fd.detach(), traits, inode.mount_id)
+        copy = share.own_open(os.dup(fd.fileno()), traits, inode.mount_id)
     except (ReplyErrno, OSError):
         fd.close()
         raise
@@ -138,7 +139,7 @@ def answer_fetch(share: Share, call: Call, message: Fetch) -> Answer:
         if opened.is_directory:
             copy = OwnedFd(os.open(b".", _READ_DIRECTORY | os.O_CLOEXEC, dir_fd=opened.fd.fileno()))
         else:
-            copy = share.to_donate(opened.duplicate().detach(), opened.traits)
+            copy = share.own_open(opened.duplicate().detach(), opened.traits, opened.mount_key)
         return Answer([opened.traits, opened.mount_key], copy, Granted.FILE, opened.fh)
 
 

@@ -41,10 +41,13 @@ def answer_lookup(share: Share, call: Call, message: Lookup) -> Answer:
 
 
 def answer_lookup_many(share: Share, call: Call, message: LookupMany) -> Answer:
-    """One [errno, nodeid, attr] per name: one that cannot be looked up does not spoil the others."""
+    """One [errno, nodeid, attr] per name: one that cannot be looked up, or hangs by now, does not spoil the others."""
     results: list[list[object]] = []
     with share.store.pin(message.parent, call.session) as parent:
         for name in message.names:
+            if not share.whereabouts.go_on_to(name) or share.whereabouts.hanging_at(parent.nodeid, name):
+                results.append([errno.EAGAIN, 0, b""])
+                continue
             try:
                 results.append([0, *look_up(share, call, parent, name)])
             except ReplyErrno as error:

@@ -13,6 +13,7 @@ import os
 import stat
 import threading
 
+from vfsd.broker.closer import Closer
 from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
 
@@ -31,8 +32,9 @@ class _MountFd:
 class MountFds:
     """Thread-safe; no system call under its lock."""
 
-    def __init__(self, proc_self_fd: int) -> None:
+    def __init__(self, proc_self_fd: int, closer: Closer) -> None:
         self._proc_self_fd = proc_self_fd
+        self._closer = closer
         self._lock = threading.Lock()
         self._mounts: dict[int, _MountFd] = {}
 
@@ -71,7 +73,8 @@ class MountFds:
         if file_type == stat.S_IFDIR:
             fd = OwnedFd(os.open(b".", _OPEN_DIRECTORY, dir_fd=path_fd))
         else:
-            fd = OwnedFd(os.open(b"%d" % path_fd, _OPEN_FILE, dir_fd=self._proc_self_fd))
+            # Of a file, unlike a directory, closing may wait for a server; and with the last reference a session may end.
+            fd = self._closer.own(os.open(b"%d" % path_fd, _OPEN_FILE, dir_fd=self._proc_self_fd), mount_id)
         try:
             opened = filecalls.statx(fd.fileno())
             if opened.mnt_id != mount_id or stat.S_IFMT(opened.mode) != file_type:

@@ -20,11 +20,15 @@ from vfsd.broker.answers import Answer, Call, Granted
 from vfsd.broker.requests import HANDLERS
 from vfsd.broker.session_change import SessionChange
 from vfsd.broker.share import Share
+from vfsd.broker.whereabouts import NOWHERE, Place
 from vfsd.broker.worker_link import UNREAD_SECONDS, Outcome, WorkerLink
 from vfsd.errors import ReplyErrno, WorkerBreach, drop_traceback
 from vfsd.fds import OwnedFd
 from vfsd.log import ChildLog
 from vfsd.wire import broker_messages as wire
+
+# Messages whose second field is a name in the directory that the first one names.
+_NAMING = {message for message in HANDLERS if message._fields[:2] == ("parent", "name")}
 
 
 class Task(NamedTuple):
@@ -57,6 +61,7 @@ class Server:
         self._turn_link: WorkerLink | None = None
         self._outcomes: list[Outcome] = []
         self._changes = SessionChange()
+        self.generation = 0  # counts sessions and links that ended
 
     def serve(self, share: Share) -> None:
         self._share = share
@@ -91,6 +96,7 @@ class Server:
                 del self._by_index[link.index]
             self._epoll.unregister(fd)
             link.close()
+        self.generation += 1
         self._settle_change(self._changes.gone(link))
 
     def _breach(self, link: WorkerLink, text: str) -> None:
@@ -205,9 +211,20 @@ class Server:
         link.expect(len(requests))
         return deque(Task(link, session, spec, request_id, message) for spec, request_id, message in requests)
 
-    def mount_of(self, task: Task) -> int:
-        first = task.message[0] if task.spec.in_session and task.message else 0
-        return self.share.store.mount_of(first) if type(first) is int else 0
+    def place_of(self, task: Task) -> Place:
+        """What needs no answer waits for no file system either: closing is the closer's."""
+        message, spec = task.message, task.spec
+        if not spec.in_session or spec.reply is None or not message or type(message[0]) is not int:
+            return NOWHERE
+        name = message[1] if spec.message in _NAMING else b"" if spec.message is wire.LookupMany else None
+        return Place(self.share.store.mount_of(message[0]), message[0], name)
+
+    def is_outdated(self, task: Task) -> bool:
+        return task.link.closed or task.session != self.share.session
+
+    def refuse(self, task: Task) -> None:
+        task.link.settle()
+        self._post(task.link, [Outcome(task.request_id, errno.ESTALE, None)], [])
 
     def run(self, task: Task) -> Callable[[bool], None]:
         outcome = self._serve(task)
@@ -275,6 +292,7 @@ class Server:
     def _begin_session(self, task: Task, flags: int) -> None:
         """Wipe, tell every worker, and answer when all have dropped what was of the old session."""
         session = self.share.begin_session(flags)
+        self.generation += 1
         links = list(self._by_index.values())
         # A worker that is only starting holds nothing yet; Hello tells it the session.
         greeted = [link for link in links if link.greeted]

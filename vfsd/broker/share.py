@@ -21,6 +21,7 @@ from vfsd.broker.mount_fds import MountFds
 from vfsd.broker.open_files import OpenFiles
 from vfsd.broker.path_fds import PathFd, PathFds
 from vfsd.broker.traits import Traits
+from vfsd.broker.whereabouts import Whereabouts
 from vfsd.errors import ReplyErrno
 from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
@@ -84,7 +85,7 @@ class Share:
 
     def __init__(
         self, root: OwnedFd, proc_self_fd: OwnedFd, settings: Settings, credentials: Credentials, log: Log,
-        notify: Callable[[int, Notice], None], closer: Closer,
+        notify: Callable[[int, Notice], None], closer: Closer, whereabouts: Whereabouts,
     ) -> None:  # fmt: skip
         self.root = root
         self.proc_self_fd = proc_self_fd.fileno()
@@ -94,7 +95,7 @@ class Share:
         self.log = log
         self._notify = notify
         self.lock = threading.Lock()
-        self.mounts = MountFds(self.proc_self_fd)
+        self.mounts = MountFds(self.proc_self_fd, closer)
         self.handles = FileHandles(settings.inode_file_handles, self.mounts, log)
         self.paths = PathFds(self.handles, settings.path_fd_budget)
         self.store = InodeStore(self.lock, self._release_inodes)
@@ -102,6 +103,7 @@ class Share:
         self.donations = NodeDonations()
         self.traits = Traits()
         self.closer = closer
+        self.whereabouts = whereabouts
         self.session = 0
         self.session_flags = 0
         self._insert_root()
@@ -117,9 +119,9 @@ class Share:
         if len(self.files) + self.store.fd_count >= self.settings.most_guest_fds:
             raise ReplyErrno(errno.ENFILE)
 
-    def to_donate(self, fd: int, traits: int) -> OwnedFd:
-        """A copy on its way to a worker; where closing one may wait for a server, that is left to the closer."""
-        return self.closer.own(fd) if traits & TRAIT_FLUSH else OwnedFd(fd)
+    def own_open(self, fd: int, traits: int, mount_id: int) -> OwnedFd:
+        """An open file, or a copy on its way to a worker; where closing one may wait for a server, that is left to the closer."""
+        return self.closer.own(fd, mount_id) if traits & TRAIT_FLUSH else OwnedFd(fd)
 
     def path_of(self, inode: Pin) -> PathFd:
         return self.paths.of(inode)
@@ -131,6 +133,7 @@ class Share:
         Takes over `path_fd`.
         """
         try:
+            self.whereabouts.found_it()
             seen = filecalls.statx(path_fd.fileno())
             identity = self.handles.identify(path_fd.fileno(), seen)
             nodeid = self.store.count_lookup(identity, session)

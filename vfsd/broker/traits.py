@@ -13,12 +13,17 @@ _REMOTE = {
     0x517B,  # SMB
     0x65735546,  # FUSE
     0x01021997,  # 9P
-    0x5346414F,  # AFS
+    0x5346414F,  # AFS, OpenAFS's
+    0x6B414653,  # AFS, the kernel's
     0x00C36400,  # CEPH
     0x73757245,  # CODA
     0x7461636F,  # OCFS2
     0x01161970,  # GFS2
     0x0BD00BD0,  # Lustre
+    0x20030528,  # OrangeFS
+    0x47504653,  # GPFS
+    0x19830326,  # BeeGFS
+    0x786F4256,  # VirtualBox's shared folders
 }
 _MOST_MOUNTS = 1024
 

@@ -145,11 +145,14 @@ class Dispatcher:
         ring.queue.push(request.chain.head, written)
 
     def give_up(self, ring: Ring) -> bool:
-        """Fail what waits for the broker on this ring with EIO; what it made is wiped with the session.
+        """Fail with EIO what waits on this ring for the broker, or for its turn on the pool; what it made is wiped with the session.
 
         False if a pool thread is still inside the guest's memory: that cannot be taken back.
         """
-        for operation in [waiting for waiting in self._waiting if waiting.ring is ring and not waiting.on_pool]:
+        for operation in [waiting for waiting in self._waiting if waiting.ring is ring]:
+            if operation.on_pool and not self._pool.withdraw(operation):
+                continue
+            operation.on_pool = False
             operation.give_up()
             self._forget(operation)
             self._reply(ring, operation.request, errno.EIO, b"")

@@ -115,7 +115,7 @@ class FileSystem:
     def _discard(self, mount: Mount, fd: TempFd) -> None:
         """Close a descriptor; where that waits for a server (its file system has a flush method), on the pool."""
         if mount.slow:
-            self._pool.submit(Job(mount.key, fd.close), _NOBODY_WAITS)
+            self._pool.submit(Job(mount.key, fd.close, remote=True), _NOBODY_WAITS)
         else:
             fd.close()
 

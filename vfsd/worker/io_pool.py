@@ -1,7 +1,8 @@
 """A few threads for calls that may wait for a device, so that the ring thread does not.
 
 The threads run one callable each and nothing else: they see no ring, no table, no socket. Results come back to the ring
-thread through a queue and an eventfd. A mount that hangs keeps at most half of the threads; its further jobs wait.
+thread through a queue and an eventfd. A mount that hangs keeps at most half of the threads; its further jobs wait. Mounts
+whose calls wait for somebody else keep all threads but one, however many of them hang.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 from vfsd.errors import drop_traceback
 
 THREADS = 4
+_MOST_PER_MOUNT = THREADS // 2
+_MOST_REMOTE = THREADS - 1
 
 
 class Job(NamedTuple):
     """`work` runs on a pool thread; what it returns, or the OSError it raises, is its result."""
 
-    mount_key: int
+    mount_key: Hashable
     work: Callable[[], Any]
+    remote: bool = False  # its file system waits for a network or another process
 
 
 class Waiter(Protocol):
@@ -49,9 +53,9 @@ class IoPool:
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._jobs: SimpleQueue[_Task] = SimpleQueue()
         self._done: deque[_Done] = deque()
-        self._running: dict[int, int] = {}
-        self._waiting: dict[int, deque[_Task]] = {}
-        self._per_mount = max(1, THREADS // 2)
+        self._running: dict[Hashable, int] = {}
+        self._running_remote = 0
+        self._waiting: dict[Hashable, deque[_Task]] = {}
 
     def fileno(self) -> int:
         return self._event_fd
@@ -78,13 +82,31 @@ class IoPool:
             os.eventfd_write(self._event_fd, 1)
 
     def submit(self, job: Job, waiter: Waiter) -> None:
-        running = self._running.get(job.mount_key, 0)
         task = _Task(job, waiter)
-        if running >= self._per_mount:
+        if job.mount_key in self._waiting or not self._may_run(job):
             self._waiting.setdefault(job.mount_key, deque()).append(task)
-            return
-        self._running[job.mount_key] = running + 1
+        else:
+            self._run(task)
+
+    def _may_run(self, job: Job) -> bool:
+        return self._running.get(job.mount_key, 0) < _MOST_PER_MOUNT and not (job.remote and self._running_remote >= _MOST_REMOTE)
+
+    def _run(self, task: _Task) -> None:
+        key = task.job.mount_key
+        self._running[key] = self._running.get(key, 0) + 1
+        self._running_remote += task.job.remote
         self._jobs.put(task)
+
+    def withdraw(self, waiter: Waiter) -> bool:
+        """Take back a job that waits for its mount; False if it runs, or may."""
+        for key, waiting in self._waiting.items():
+            for task in waiting:
+                if task.waiter is waiter:
+                    waiting.remove(task)
+                    if not waiting:
+                        del self._waiting[key]
+                    return True
+        return False
 
     def collect(self) -> None:
         """Hand finished jobs to their waiters."""
@@ -94,17 +116,21 @@ class IoPool:
             return
         while self._done:
             done = self._done.popleft()
-            self._next_of(done.task.job.mount_key)
+            self._count_off(done.task.job)
+            self._run_waiting()
             done.task.waiter.finished(done.result, done.error)
 
-    def _next_of(self, mount_key: int) -> None:
-        """A thread is free of this mount: give it the mount's next job, or count it off."""
-        waiting = self._waiting.get(mount_key)
-        if waiting:
-            self._jobs.put(waiting.popleft())
+    def _count_off(self, job: Job) -> None:
+        self._running_remote -= job.remote
+        self._running[job.mount_key] -= 1
+        if not self._running[job.mount_key]:
+            del self._running[job.mount_key]
+
+    def _run_waiting(self) -> None:
+        """Start what may run now, mount by mount."""
+        for key in list(self._waiting):
+            waiting = self._waiting[key]
+            while waiting and self._may_run(waiting[0].job):
+                self._run(waiting.popleft())
             if not waiting:
-                del self._waiting[mount_key]
-            return
-        self._running[mount_key] -= 1
-        if not self._running[mount_key]:
-            del self._running[mount_key]
+                del self._waiting[key]

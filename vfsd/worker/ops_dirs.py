@@ -86,7 +86,7 @@ def _read_entries(fs: FileSystem, request: Request, extra: int) -> Generator[wir
     fh, offset, size, *_rest = abi.fuse_read_in.unpack_from(request.arguments(abi.fuse_read_in.size))
     room = min(size, _MOST_BYTES, max(0, request.chain.writable_bytes - OUT_HEADER_BYTES))
     opened = yield from fs.fetch(request.nodeid, fh)
-    if opened.mount.pooled():
+    if opened.mount.pooled() or opened.in_use:  # by a pool thread, which may hold its position for long
         raw: bytes = yield from on_pool(opened, lambda: _read_at(opened, offset, room))
     else:
         raw = _read_at(opened, offset, room)

@@ -121,7 +121,7 @@ def on_pool(opened: OpenFile, work: Callable[[], Any]) -> Generator[wire.Request
     """Run `work` on a pool thread, the open file's descriptor held meanwhile."""
     opened.pin()
     try:
-        return (yield Job(opened.mount.key, work))
+        return (yield Job(opened.mount.key, work, opened.mount.slow))
     finally:
         opened.unpin()
 
@@ -214,14 +214,27 @@ def _copy(fs: FileSystem, request: Request) -> Generator[wire.Request | Job, Any
     source.pin()
     try:
         target = yield from fs.fetch(nodeid_out, fh_out)
-
-        def copy() -> int:
-            return os.copy_file_range(source.fd, target.fd, length, offset_in, offset_out)
-
-        inline = length <= _INLINE_COPY_BYTES and not source.mount.pooled() and not target.mount.pooled()
-        done: int = copy() if inline else (yield from on_pool(target, copy))
+        done: int = yield from _copy_between(source, target, length, offset_in, offset_out)
     finally:
         source.unpin()
+    return done
+
+
+def _copy_between(
+    source: OpenFile, target: OpenFile, length: int, offset_in: int, offset_out: int
+) -> Generator[wire.Request | Job, Any, int]:
+    def copy() -> int:
+        return os.copy_file_range(source.fd, target.fd, length, offset_in, offset_out)
+
+    if length <= _INLINE_COPY_BYTES and not source.mount.pooled() and not target.mount.pooled():
+        return copy()
+    target.pin()
+    try:
+        # Two mounts are as a third one: if either hangs, that is not on the other's account.
+        key = target.mount.key if source.mount is target.mount else (source.mount.key, target.mount.key)
+        done: int = yield Job(key, copy, source.mount.slow or target.mount.slow)
+    finally:
+        target.unpin()
     return done
 
 
