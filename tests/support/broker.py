@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import stat
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vfsd.broker.closer import Closer
@@ -75,7 +76,15 @@ def open_share(path: Any, log: Any, notify: Any, *, credentials: Credentials | N
         "most_guest_fds": 1000,
     } | settings
     root = OwnedFd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    return Share(root, proc_self_fd(), Settings(**chosen), credentials or Credentials(None), log, notify, ImmediateCloser(), Whereabouts())
+    return Share(
+        root, proc_self_fd(), Settings(**chosen), credentials or Credentials(None), log, notify, ImmediateCloser(), Whereabouts(), reap_all
+    )
+
+
+def reap_all(reap: Callable[[], bool]) -> None:
+    """In place of the reaper's thread: do all of its work at once."""
+    while reap():
+        pass
 
 
 def close_share(share: Share) -> None:
@@ -84,10 +93,11 @@ def close_share(share: Share) -> None:
     share.paths.sweep(float("inf"))
     assert len(share.files) == 0
     assert len(share.paths) == 0
-    assert len(share.store) == 1, "an inode is still pinned"
-    os.close(share.store.fds[ROOT_NODEID])
-    if share.store.held_mounts[ROOT_NODEID]:
-        share.mounts.release(share.store.mounts[ROOT_NODEID])
+    assert share.store.held == 1, "an inode is still pinned"
+    with share.store.pin(ROOT_NODEID, share.session) as root:
+        os.close(root.fd)
+        if root.handle_key is not None:
+            share.mounts.release(root.mount_id)
     assert len(share.mounts) == 0
     share.root.close()
     share._proc_self_fd.close()

@@ -4,10 +4,12 @@ import errno
 import stat
 import threading
 import tracemalloc
+from collections import Counter
 
 import pytest
 
 from vfsd.broker.inode_store import ROOT_NODEID, Identity, InodeStore
+from vfsd.broker.inode_table import PAGE_ROWS, SLOT_MASK
 from vfsd.errors import ReplyErrno
 
 NO_FD = -1
@@ -116,7 +118,7 @@ def test_an_insert_of_what_is_known_counts_a_lookup_and_takes_nothing(store, own
     assert [released.fd for released in owner.released] == [NO_FD]
 
 
-def test_of_racing_inserts_one_makes_the_inode_and_all_count(store):
+def test_property_35_of_racing_inserts_one_makes_the_inode_and_all_count(store):
     threads, rounds = 8, 200
     start = threading.Barrier(threads)
     results = [[] for _ in range(threads)]
@@ -154,7 +156,7 @@ def test_the_last_forget_frees_and_hands_back(store, owner):
     assert store.count_lookup(identity(2), 0) is None
 
 
-def test_forgetting_more_than_was_counted_is_forgetting_all(store, owner):
+def test_property_32_forgetting_more_than_was_counted_is_forgetting_all(store, owner):
     nodeid = by_handle(store, 1)
     store.forget([nodeid, 2**64 - 1], 0)
     assert not known(store, nodeid)
@@ -163,7 +165,7 @@ def test_forgetting_more_than_was_counted_is_forgetting_all(store, owner):
 
 
 @pytest.mark.parametrize("nodeid", [0, 2, 3, 1 << 24, (1 << 24) | 1, 2**63, 2**64 - 1, (1 << 24) - 1])
-def test_a_nodeid_that_was_never_given_is_nobody(store, owner, nodeid):
+def test_property_32_a_nodeid_that_was_never_given_is_nobody(store, owner, nodeid):
     store.forget([nodeid, 5], 0)
     fails(errno.EBADF, store.pin, nodeid, 0)
     assert store.mount_of(nodeid) == 0
@@ -171,7 +173,7 @@ def test_a_nodeid_that_was_never_given_is_nobody(store, owner, nodeid):
     assert owner.released == []
 
 
-def test_the_root_is_never_forgotten(store, owner):
+def test_property_32_the_root_is_never_forgotten(store, owner):
     store.forget([ROOT_NODEID, 2**64 - 1], 0)
     assert known(store, ROOT_NODEID)
     store.begin_session(1)
@@ -179,14 +181,14 @@ def test_the_root_is_never_forgotten(store, owner):
     assert owner.released == []
 
 
-def test_a_nodeid_never_means_another_inode(store):
+def test_property_33_a_nodeid_never_means_another_inode(store):
     seen = set()
     for number in range(1, 500):
         nodeid = by_handle(store, number)
         assert nodeid not in seen
         seen.add(nodeid)
         store.forget([nodeid, 1], 0)
-    assert len(store.nodeids) == 3, "one slot served them all"
+    assert {nodeid & SLOT_MASK for nodeid in seen} == {2}, "one slot served them all"
     assert not any(known(store, nodeid) for nodeid in seen)
 
 
@@ -205,7 +207,7 @@ def test_a_pinned_inode_outlives_its_forget_but_is_found_no_more(store, owner):
     assert [released.nodeid for released in owner.released] == [nodeid]
 
 
-def test_removal_is_by_identity(store, owner):
+def test_property_34_removal_is_by_identity(store, owner):
     """While the old inode waits for its pin, the same file comes back as a new one: the old one's end must not unlist it."""
     old = by_fd(store, 1, fd=5)
     with store.pin(old, 0):
@@ -253,15 +255,120 @@ def test_a_pin_is_given_back_also_when_its_block_fails(store, owner):
 # --- sessions, limits -----------------------------------------------------------------------------------------------
 
 
-def test_a_new_session_forgets_all_but_what_is_pinned_and_that_a_moment_later(store, owner):
-    first, second = by_handle(store, 1), by_fd(store, 2, fd=5)
+def wiped(store):
+    """All that ended sessions left, fetched as the share does: how many inodes, their descriptors, references per mount."""
+    inodes, fds, mounts = 0, [], Counter()
+    while (some := store.take_wiped()) is not None:
+        assert some.inodes <= PAGE_ROWS
+        inodes += some.inodes
+        fds += some.fds
+        mounts += some.mounts
+        store.settle_wiped(some)
+    return inodes, sorted(fds), dict(mounts)
+
+
+def test_a_new_session_knows_only_the_root_and_what_was_known_is_fetched(store, owner):
+    by_handle(store, 1)
+    by_fd(store, 2, fd=5)
+    store.insert(identity(3, mount=8), 0, fd=NO_FD, held_mount=True)
     store.count_lookup(identity(1), 0)
-    with store.pin(second, 0):
-        store.begin_session(1)
-        assert [released.nodeid for released in owner.released] == [first]
-        fails(errno.EBADF, store.pin, second, 1)
-    assert [released.nodeid for released in owner.released] == [first, second]
+    store.begin_session(1)
     assert len(store) == 1
+    assert store.count_lookup(identity(1), 1) is None
+    assert store.count_lookup(identity(2, handle=False), 1) is None
+    assert store.count_lookup(identity(0), 1) == ROOT_NODEID
+    assert wiped(store) == (3, [5], {7: 1, 8: 1})
+    assert wiped(store) == (0, [], {})
+    assert owner.released == []
+
+
+def test_what_an_ended_session_left_counts_until_it_is_settled(store):
+    by_fd(store, 1, fd=5)
+    by_handle(store, 2)
+    store.begin_session(1)
+    assert (store.held, store.fd_count) == (3, 2)
+    some = store.take_wiped()
+    assert (store.held, store.fd_count) == (3, 2), "not closed yet"
+    store.settle_wiped(some)
+    assert (store.held, store.fd_count) == (1, 1)
+    assert store.wiped_tables == 1
+    wiped(store)
+    assert store.wiped_tables == 0
+
+
+@pytest.mark.parametrize("fetched_first", [False, True])
+def test_an_inode_that_is_pinned_outlives_its_session(store, owner, fetched_first):
+    """Its descriptor and mount reference stay until the last pin goes, whenever the rest is fetched, and go once."""
+    neighbour, pinned, forgotten = by_fd(store, 1, fd=5), by_fd(store, 2, fd=6), by_handle(store, 3)
+    assert len({neighbour, pinned, forgotten}) == 3
+    with store.pin(pinned, 0) as pin, store.pin(pinned, 0), store.pin(forgotten, 0):
+        store.forget([forgotten, 1], 0)
+        store.begin_session(1)
+        fails(errno.EBADF, store.pin, pinned, 1)
+        assert not store.alive(pinned)
+        if fetched_first:
+            assert wiped(store) == (1, [5], {})
+            assert owner.released == []
+            assert (store.held, store.fd_count) == (3, 2)
+        assert pin.fd == 6
+    left = [(released.nodeid, released.fd, released.held_mount) for released in owner.released]
+    if fetched_first:
+        assert left == [(forgotten, NO_FD, True), (pinned, 6, False)]
+    else:
+        assert left == [(forgotten, NO_FD, True)]
+        assert wiped(store) == (2, [5, 6], {})
+    assert (store.held, store.fd_count) == (1, 1)
+
+
+def test_the_root_stays_through_sessions_also_while_it_is_pinned(store, owner):
+    with store.pin(ROOT_NODEID, 0) as before:
+        by_handle(store, 1)
+        store.begin_session(1)
+        assert wiped(store) == (1, [], {7: 1}), "the root's own reference is not among them"
+        with store.pin(ROOT_NODEID, 1) as after:
+            assert (before.fd, after.fd) == (100, 100)
+            assert (after.handle_key, after.mount_id, after.device, after.is_directory) == (b"handle-0", 7, 99, True)
+    assert owner.released == []
+    assert store.count_lookup(identity(0, handle=False), 1) == ROOT_NODEID
+
+
+def test_property_33_a_nodeid_never_means_another_inode_in_a_later_session(store):
+    seen = set()
+    for session in range(5):
+        for number in range(1, 4):
+            for _ in range(session):
+                store.forget([by_handle(store, number, session), 1], session)
+            nodeid = by_handle(store, number, session)
+            assert nodeid not in seen
+            seen.add(nodeid)
+        store.begin_session(session + 1)
+        assert not any(known(store, nodeid, session + 1) for nodeid in seen)
+        if session % 2:
+            wiped(store)
+
+
+def test_sessions_end_faster_than_they_are_freed(store):
+    """Several may wait; each leaves what it held, once."""
+    for session in range(4):
+        by_fd(store, session + 1, fd=10 + session, session=session)
+        store.begin_session(session + 1)
+    store.begin_session(5)
+    assert store.wiped_tables == 4, "a session that held nothing leaves nothing"
+    assert wiped(store) == (4, [10, 11, 12, 13], {})
+
+
+def test_a_session_of_many_pages_is_freed_a_page_at_a_time(store):
+    count = 3 * PAGE_ROWS
+    nodeids = [by_handle(store, number) for number in range(1, count + 1)]
+    gone = nodeids[::7]
+    store.forget([number for nodeid in gone for number in (nodeid, 1)], 0)
+    assert all(known(store, nodeid) for nodeid in nodeids if nodeid not in set(gone))
+    store.begin_session(1)
+    first = store.take_wiped()
+    assert 0 < first.inodes <= PAGE_ROWS
+    store.settle_wiped(first)
+    assert wiped(store)[0] == count - len(gone) - first.inodes
+    assert store.held == 1
 
 
 def test_another_session_is_stale(store):
@@ -283,6 +390,27 @@ def test_a_full_store_says_enfile_until_something_is_forgotten(owner):
     store.forget([nodeid, 2], 0)
     by_handle(store, 3)
     fails(errno.ENFILE, store.insert, identity(4), 0, fd=NO_FD, held_mount=True)
+
+
+def test_inodes_of_an_ended_session_take_room_until_they_are_freed(owner):
+    store = owner.store(max_inodes=3)
+    by_handle(store, 1)
+    by_handle(store, 2)
+    store.begin_session(1)
+    assert store.full
+    fails(errno.ENFILE, store.insert, identity(3), 1, fd=NO_FD, held_mount=True)
+    wiped(store)
+    assert not store.full
+    by_handle(store, 3, session=1)
+
+
+def test_a_descriptor_counts_until_its_owner_has_closed_it(owner):
+    """Otherwise a thread that looks up while another forgets would open more than there is room for."""
+    seen = []
+    store = InodeStore(owner.lock, lambda _released: seen.append(store.fd_count))
+    nodeid = by_fd(store, 1, fd=5)
+    store.forget([nodeid, 1], 0)
+    assert (seen, store.fd_count) == ([1], 0)
 
 
 def test_mount_of_is_the_mount(store):

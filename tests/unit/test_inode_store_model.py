@@ -3,6 +3,7 @@
 import errno
 import stat
 import threading
+from collections import Counter
 from contextlib import ExitStack
 
 import pytest
@@ -24,6 +25,7 @@ class Inode:
         self.fd = fd
         self.lookups = 1
         self.pins = 0
+        self.wiped = False  # its session ended before it was free, and what that left has not been fetched
 
 
 class Comparison(RuleBasedStateMachine):
@@ -64,7 +66,7 @@ class Comparison(RuleBasedStateMachine):
 
     def settle(self, nodeid):
         inode = self.model[nodeid]
-        if not inode.lookups and not inode.pins:
+        if not inode.lookups and not inode.pins and not inode.wiped:
             expected = (nodeid, inode.fd, 7, not inode.by_fd)
             assert expected in self.released
             self.released.remove(expected)
@@ -139,12 +141,30 @@ class Comparison(RuleBasedStateMachine):
         self.store.begin_session(self.session)
         for nodeid in self.model:
             if self.alive(nodeid):
+                self.model[nodeid].wiped = True
                 self.forgotten(nodeid, self.model[nodeid].lookups)
+
+    @rule()
+    def fetch_what_ended_sessions_left(self):
+        left = [inode for inode in self.model.values() if inode is not None and inode.wiped]
+        idle = [inode for inode in left if not inode.pins]
+        fds, mounts = [], Counter()
+        while (some := self.store.take_wiped()) is not None:
+            fds += some.fds
+            mounts += some.mounts
+            self.store.settle_wiped(some)
+        assert sorted(fds) == sorted(inode.fd for inode in idle if inode.by_fd)
+        assert mounts == Counter({7: sum(not inode.by_fd for inode in idle)})
+        for inode in left:
+            inode.wiped = False  # a pinned one goes with its pin
+        self.model = {nodeid: None if inode in idle else inode for nodeid, inode in self.model.items()}
 
     @invariant()
     def the_same_are_alive(self):
         assert self.released == [], "something was freed that should not have been"
-        assert len(self.store) == 1 + sum(inode is not None for inode in self.model.values())
+        held = [inode for inode in self.model.values() if inode is not None]
+        assert self.store.held == 1 + len(held)
+        assert self.store.fd_count == 1 + sum(inode.by_fd for inode in held)
         for nodeid in self.model:
             assert self.store.alive(nodeid) == self.alive(nodeid)
         assert self.store.alive(ROOT_NODEID)

@@ -108,7 +108,7 @@ def test_a_type_that_is_not_the_inodes_is_refused(mounts, tmp_path):
         mounts.acquire(filecalls.statx(fd.fileno()).mnt_id, fd.fileno(), stat.S_IFREG)
 
 
-def test_threads_that_meet_a_mount_at_once_share_one_descriptor(mounts, tmp_path):
+def test_property_19_threads_that_meet_a_mount_at_once_share_one_descriptor(mounts, tmp_path):
     threads = 8
     start = threading.Barrier(threads)
     results = []

@@ -222,6 +222,18 @@ def test_a_deleted_directory_stays_open_for_its_other_user(inodes, directories):
     assert not is_open(other.fd)
 
 
+def test_all_can_be_dropped_at_once_and_one_in_use_goes_with_its_user(inodes, directories):
+    idle, used = inodes.add(directories[0]), inodes.add(directories[1])
+    with inodes.pin(idle) as inode, inodes.paths.of(inode) as lent:
+        idle_fd = lent.fd
+    with inodes.pin(used) as inode, inodes.paths.of(inode) as lent:
+        inodes.paths.drop_all()
+        assert len(inodes.paths) == 0
+        assert is_open(lent.fd)
+        assert not is_open(idle_fd)
+    assert not is_open(lent.fd)
+
+
 def test_an_error_of_the_opening_passes(inodes, directories):
     nodeid = inodes.add(directories[0])
     directories[0].rmdir()

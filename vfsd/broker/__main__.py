@@ -11,6 +11,7 @@ from vfsd.broker.closer import Closer
 from vfsd.broker.credentials import Credentials
 from vfsd.broker.id_squash import IdSquash
 from vfsd.broker.pool import Pool
+from vfsd.broker.reaper import Reaper
 from vfsd.broker.server import Server, Task
 from vfsd.broker.share import Settings, Share
 from vfsd.broker.watchdog import Watchdog
@@ -50,10 +51,11 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
 
     whereabouts = Whereabouts()
     pool: Pool[Task] = Pool(server, POOL_THREADS, whereabouts, watchdog.wake, crashed)
-    closer = Closer()
+    closer, reaper = Closer(), Reaper(crashed)
 
     def start_threads() -> None:
         closer.start()
+        reaper.start()
         pool.start(_own_umask)
 
     lock_down(config.confinement, start_threads=start_threads)
@@ -69,7 +71,7 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
         allow_direct_io=config.allow_direct_io,
         preserve_noatime=config.preserve_noatime,
     )
-    server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.notify, closer, whereabouts))
+    server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.notify, closer, whereabouts, reaper.wake))
     # No request makes cycles (see errors.drop_traceback), and a collection over a million inodes would be a pause that every guest feels.
     gc.collect()
     gc.freeze()

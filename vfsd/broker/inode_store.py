@@ -4,7 +4,8 @@
 is not there. The records hold only what the broker itself found out.
 
 **Invariants.**
-* A nodeid is never used twice. It is (generation << 24 | slot); a slot's generation grows each time it is freed. Root is 1.
+* A nodeid is never used twice. It is (generation << 24 | slot); a slot's generation grows each time it is freed, and all
+  generations grow with each session. Root is 1.
 * `by_handle` holds every inode that has a file handle. `by_ids` holds only inodes whose reference is an O_PATH descriptor:
   that descriptor keeps the inode number from being given to another file. An inode known by its handle alone may be
   deleted on the host and its number reused, so a hit by numbers would be the wrong file (semantics.md 8/10).
@@ -12,6 +13,8 @@ is not there. The records hold only what the broker itself found out.
 * A pinned inode keeps its descriptor and its mount reference until the last pin goes, however often it is forgotten.
 * Records are columns of machine integers, not objects: a million inodes cost neither a million objects nor a pause of the
   garbage collector.
+* No step takes longer the more inodes there are. A new session only puts an empty table in place of the full one; the full
+  one is emptied bit by bit (`take_wiped`), and what it holds counts until then.
 """
 
 from __future__ import annotations
@@ -19,54 +22,44 @@ from __future__ import annotations
 import errno
 import stat
 import threading
-from array import array
+from collections import Counter, deque
 from collections.abc import Callable
+from itertools import compress
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from vfsd.broker.inode_table import NO_FD, ROOT_NODEID, SLOT_MASK, Identity, Page, Released, Table
 from vfsd.errors import ReplyErrno
 
-ROOT_NODEID = 1
+__all__ = ["DEFAULT_MAX_INODES", "ROOT_NODEID", "Identity", "InodeStore", "Pin", "Released", "Wiped"]
+
 DEFAULT_MAX_INODES = 4_000_000
 
-_SLOT_BITS = 24
-_SLOT_MASK = (1 << _SLOT_BITS) - 1
-_NO_FD = -1
 
+class Wiped(NamedTuple):
+    """What some inodes of an ended session leave: how many they are, descriptors to close, references per mount to drop."""
 
-class Identity(NamedTuple):
-    """How an inode is recognised: `handle_key` (mount id and struct file_handle) if it has one, and its numbers."""
-
-    handle_key: bytes | None
-    ids_key: bytes
-    mount_id: int
-    device: int
-    file_type: int  # S_IFMT bits
-
-
-class Released(NamedTuple):
-    """What a freed inode leaves to its owner: a descriptor to close (-1: none), a mount reference to drop, its nodeid."""
-
-    nodeid: int
-    fd: int
-    mount_id: int
-    held_mount: bool
+    inodes: int
+    fds: list[int]
+    mounts: Counter[int]
 
 
 class Pin:
     """An inode that cannot go away while this is held. Made by `InodeStore.pin`, left with `with`."""
 
-    __slots__ = ("_slot", "_store", "device", "fd", "file_type", "handle_key", "mount_id", "nodeid")
+    __slots__ = ("_page", "_row", "_store", "_table", "device", "fd", "file_type", "handle_key", "mount_id", "nodeid")
 
-    def __init__(self, store: InodeStore, slot: int) -> None:
+    def __init__(self, store: InodeStore, table: Table, page: Page, row: int) -> None:
         self._store = store
-        self._slot = slot
-        self.nodeid = store.nodeids[slot]
-        self.fd = store.fds[slot]
-        self.handle_key = store.handle_keys[slot]
-        self.mount_id = store.mounts[slot]
-        self.device = store.devices[slot]
-        self.file_type = store.types[slot]
+        self._table = table
+        self._page = page
+        self._row = row
+        self.nodeid = page.nodeids[row]
+        self.fd = page.fds[row]
+        self.handle_key = page.handle_keys[row]
+        self.mount_id = page.mounts[row]
+        self.device = page.devices[row]
+        self.file_type = page.types[row]
 
     @property
     def is_directory(self) -> bool:
@@ -81,69 +74,41 @@ class Pin:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._store.unpin(self._slot)
+        self._store.unpin(self._table, self._page, self._row)
 
 
 class InodeStore:
-    """See the module. `on_release` gets what freed inodes leave behind, called without the lock."""
+    """See the module. `on_release` gets what freed inodes leave behind, called without the lock.
+
+    What a whole session leaves is not told but fetched: `take_wiped`, then `settle_wiped` when it is closed and dropped.
+    """
 
     def __init__(self, lock: threading.Lock, on_release: Callable[[list[Released]], None], max_inodes: int = DEFAULT_MAX_INODES) -> None:
         self._lock = lock
         self._on_release = on_release
-        self._max_inodes = min(max_inodes, _SLOT_MASK - 1)
-        # Columns, one value per slot. Slot 0 is never used, slot 1 is the root's.
-        self.nodeids = array("Q")  # 0: the slot is free
-        self.lookups = array("Q")
-        self.fds = array("i")  # the O_PATH reference, or -1
-        self.mounts = array("Q")
-        self.devices = array("Q")
-        self.types = array("H")
-        self.pins = array("I")
-        self.held_mounts = array("B")  # 1: the inode holds a reference on its mount's descriptor
-        self.handle_keys: list[bytes | None] = []
-        self._ids_keys: list[bytes | None] = []
-        self._generations = array("Q")
-        self._free: list[int] = []
-        self._by_handle: dict[bytes, int] = {}
-        self._by_ids: dict[bytes, int] = {}
-        self._count = 0
-        self.fd_count = 0  # inodes kept as a descriptor
+        self._max_inodes = min(max_inodes, SLOT_MASK - 1)
+        self._table = Table()
+        self._wiped: deque[Table] = deque()
+        self.held = 0  # inodes, also those of ended sessions that are not freed yet
+        self.fd_count = 0  # descriptors of inodes that are not closed yet
         self.session = 0
-        for _ in range(2):
-            self._add_slot()
 
     def __len__(self) -> int:
-        return self._count
+        """Inodes of this session."""
+        return self._table.count
 
-    def _add_slot(self) -> int:
-        for column in (self.nodeids, self.lookups, self.mounts, self.devices, self.types, self.pins, self.held_mounts, self._generations):
-            column.append(0)
-        self.fds.append(_NO_FD)
-        self.handle_keys.append(None)
-        self._ids_keys.append(None)
-        return len(self.nodeids) - 1
-
-    def _slot_of(self, nodeid: int) -> int | None:
-        slot = nodeid & _SLOT_MASK
-        if slot == 0 or slot >= len(self.nodeids) or self.nodeids[slot] != nodeid:
-            return None
-        return slot
-
-    def _find(self, identity: Identity) -> int | None:
-        nodeid = self._by_handle.get(identity.handle_key) if identity.handle_key is not None else None
-        if nodeid is None:
-            nodeid = self._by_ids.get(identity.ids_key)
-        return None if nodeid is None else nodeid & _SLOT_MASK
+    @property
+    def full(self) -> bool:
+        return self.held >= self._max_inodes
 
     def count_lookup(self, identity: Identity, session: int) -> int | None:
         """The nodeid of a known inode, its lookup counted; None if it is not known. ESTALE in another session."""
         with self._lock:
             self._require(session)
-            slot = self._find(identity)
-            if slot is None:
-                return None
-            self.lookups[slot] += 1
-            return self.nodeids[slot]
+            nodeid = self._table.find(identity)
+            if nodeid is not None:
+                self._table.count_lookup(nodeid)
+            return nodeid
 
     def insert(self, identity: Identity, session: int, *, fd: int, held_mount: bool) -> tuple[int, bool]:
         """(nodeid, True) of a new inode that took over `fd` (-1: none) and the mount reference; its lookup is counted.
@@ -152,70 +117,61 @@ class InodeStore:
         """
         with self._lock:
             self._require(session)
-            slot = self._find(identity)
-            if slot is not None:
-                self.lookups[slot] += 1
-                return self.nodeids[slot], False
-            slot = self._take_slot()
-            self._fill(slot, (self._generations[slot] << _SLOT_BITS) | slot, identity, fd, held_mount=held_mount)
-            return self.nodeids[slot], True
+            nodeid = self._table.find(identity)
+            if nodeid is not None:
+                self._table.count_lookup(nodeid)
+                return nodeid, False
+            if self.held >= self._max_inodes:
+                raise ReplyErrno(errno.ENFILE)
+            nodeid = self._table.add(identity, fd, held_mount=held_mount)
+            self.held += 1
+            self.fd_count += fd != NO_FD
+            return nodeid, True
 
     def insert_root(self, identity: Identity, *, fd: int, held_mount: bool) -> None:
         """The root, once at start: neither a forget nor a new session removes it."""
         with self._lock:
-            self._fill(ROOT_NODEID, ROOT_NODEID, identity, fd, held_mount=held_mount)
-
-    def _take_slot(self) -> int:
-        if self._free:
-            return self._free.pop()
-        if self._count >= self._max_inodes:
-            raise ReplyErrno(errno.ENFILE)
-        return self._add_slot()
-
-    def _fill(self, slot: int, nodeid: int, identity: Identity, fd: int, *, held_mount: bool) -> None:
-        self.nodeids[slot] = nodeid
-        self.lookups[slot] = 1
-        self.fds[slot] = fd
-        self.mounts[slot] = identity.mount_id
-        self.devices[slot] = identity.device
-        self.types[slot] = identity.file_type
-        self.held_mounts[slot] = held_mount
-        self.handle_keys[slot] = identity.handle_key
-        if identity.handle_key is not None:
-            self._by_handle[identity.handle_key] = nodeid
-        if fd != _NO_FD:
-            self.fd_count += 1
-            self._ids_keys[slot] = identity.ids_key
-            self._by_ids[identity.ids_key] = nodeid
-        self._count += 1
+            self._table.add_root(identity, fd, held_mount=held_mount)
+            self.held += 1
+            self.fd_count += fd != NO_FD
 
     def pin(self, nodeid: int, session: int) -> Pin:
         """Hold an inode. EBADF if the nodeid is not known, ESTALE in another session."""
         with self._lock:
             self._require(session)
-            slot = self._slot_of(nodeid)
-            if slot is None or self.lookups[slot] == 0:
+            table = self._table
+            found = table.locate(nodeid)
+            if found is None or found[0].lookups[found[1]] == 0:
                 raise ReplyErrno(errno.EBADF)
-            self.pins[slot] += 1
-            return Pin(self, slot)
+            page, row = found
+            page.pins[row] += 1
+            return Pin(self, table, page, row)
 
-    def unpin(self, slot: int) -> None:
+    def unpin(self, table: Table, page: Page, row: int) -> None:
         with self._lock:
-            self.pins[slot] -= 1
-            doomed = self.pins[slot] == 0 and self.lookups[slot] == 0
-            released = [self._free_slot(slot)] if doomed else []
+            page.pins[row] -= 1
+            doomed = page.pins[row] == 0 and page.lookups[row] == 0
+            released = [table.free(page, row)] if doomed else []
         if released:
-            self._on_release(released)
+            self._hand_back(released)
+
+    def _hand_back(self, released: list[Released]) -> None:
+        """Its descriptors count until they are closed: else another thread would open more than there is room for."""
+        self._on_release(released)
+        fds = sum(inode.fd != NO_FD for inode in released)
+        with self._lock:
+            self.held -= len(released)
+            self.fd_count -= fds
 
     def mount_of(self, nodeid: int) -> int:
         """The mount an inode lives on, 0 if it is not known. A hint for scheduling: taken without the lock."""
-        slot = nodeid & _SLOT_MASK
-        return self.mounts[slot] if slot < len(self.nodeids) and self.nodeids[slot] == nodeid else 0
+        found = self._table.locate(nodeid)
+        return found[0].mounts[found[1]] if found is not None else 0
 
     def alive(self, nodeid: int) -> bool:
         """Whether the guest still knows it. The caller holds the lock."""
-        slot = self._slot_of(nodeid)
-        return slot is not None and self.lookups[slot] > 0
+        found = self._table.locate(nodeid)
+        return found is not None and found[0].lookups[found[1]] > 0
 
     def forget(self, pairs: list[int], session: int) -> None:
         """Take back lookups: [nodeid, count, …]. Unknown nodeids and excess counts are harmless; the root stays."""
@@ -223,55 +179,69 @@ class InodeStore:
         with self._lock:
             if session != self.session:
                 return
+            table = self._table
             for nodeid, count in zip(pairs[::2], pairs[1::2], strict=True):
-                slot = self._slot_of(nodeid)
-                if slot is None or slot == ROOT_NODEID:
+                found = table.locate(nodeid)
+                if found is None or nodeid == ROOT_NODEID:
                     continue
-                self.lookups[slot] -= min(count, self.lookups[slot])
-                if self.lookups[slot] == 0:
-                    self._unlist(slot)
-                    if self.pins[slot] == 0:
-                        released.append(self._free_slot(slot))
+                page, row = found
+                page.lookups[row] -= min(count, page.lookups[row])
+                if page.lookups[row] == 0:
+                    table.unlist(page, row)
+                    if page.pins[row] == 0:
+                        released.append(table.free(page, row))
         if released:
-            self._on_release(released)
+            self._hand_back(released)
+
+    # --- the end of a session ----------------------------------------------------------------------------------------
 
     def begin_session(self, session: int) -> None:
-        """Forget everything but the root. Pinned inodes go when their last pin does. Nothing if a later one has begun."""
-        released = []
+        """Know nothing but the root any more. Nothing if a later one has begun."""
         with self._lock:
             if session < self.session:
                 return
             self.session = session
-            for slot in range(ROOT_NODEID + 1, len(self.nodeids)):
-                if self.lookups[slot] == 0:
-                    continue
-                self.lookups[slot] = 0
-                self._unlist(slot)
-                if self.pins[slot] == 0:
-                    released.append(self._free_slot(slot))
-        if released:
-            self._on_release(released)
+            ended = self._table
+            if ended.untouched:
+                return
+            self._table = Table(ended.next_generation)
+            ended.move_root(self._table)
+            self._wiped.append(ended)
 
-    def _unlist(self, slot: int) -> None:
-        """Take an inode out of both indexes, but only where they mean this very inode: a younger one may have its numbers."""
-        nodeid = self.nodeids[slot]
-        handle_key, ids_key = self.handle_keys[slot], self._ids_keys[slot]
-        if handle_key is not None and self._by_handle.get(handle_key) == nodeid:
-            del self._by_handle[handle_key]
-        if ids_key is not None and self._by_ids.get(ids_key) == nodeid:
-            del self._by_ids[ids_key]
+    @property
+    def wiped_tables(self) -> int:
+        """How many ended sessions still hold something."""
+        return len(self._wiped)
 
-    def _free_slot(self, slot: int) -> Released:
-        released = Released(self.nodeids[slot], self.fds[slot], self.mounts[slot], bool(self.held_mounts[slot]))
-        self.nodeids[slot] = 0
-        self.fd_count -= self.fds[slot] != _NO_FD
-        self.fds[slot] = _NO_FD
-        self.handle_keys[slot] = None
-        self._ids_keys[slot] = None
-        self._count -= 1
-        self._generations[slot] += 1
-        self._free.append(slot)
-        return released
+    def take_wiped(self) -> Wiped | None:
+        """The next bit of what ended sessions held, at most a page; None if nothing is left. One caller at a time.
+
+        Pinned inodes are left to their pins: after its session nobody takes another pin on an inode.
+        """
+        if not self._wiped:
+            return None
+        table = self._wiped[0]
+        if table.pages:
+            return self._empty(table.pages.pop())
+        if not table.take_some_of_indexes():
+            self._wiped.popleft()
+        return Wiped(0, [], Counter())
+
+    def _empty(self, page: Page) -> Wiped:
+        with self._lock:
+            for row, pins in enumerate(page.pins):
+                if pins and page.nodeids[row]:
+                    page.lookups[row] = 0
+            ours = [not pins for pins in page.pins]
+            fds = [fd for fd in compress(page.fds, ours) if fd != NO_FD]
+            mounts = Counter(compress(compress(page.mounts, ours), compress(page.held_mounts, ours)))
+            return Wiped(sum(map(bool, compress(page.nodeids, ours))), fds, mounts)
+
+    def settle_wiped(self, wiped: Wiped) -> None:
+        """Its descriptors are closed and its mount references dropped."""
+        with self._lock:
+            self.held -= wiped.inodes
+            self.fd_count -= len(wiped.fds)
 
     def _require(self, session: int) -> None:
         if session != self.session:

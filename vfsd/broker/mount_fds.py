@@ -89,11 +89,11 @@ class MountFds:
         with self._lock:
             return self._mounts[mount_id].fd.fileno()
 
-    def release(self, mount_id: int) -> None:
-        """Give a reference back; the last one closes the descriptor."""
+    def release(self, mount_id: int, references: int = 1) -> None:
+        """Give references back; the last one closes the descriptor."""
         with self._lock:
             mount = self._mounts[mount_id]
-            mount.references -= 1
+            mount.references -= references
             if mount.references:
                 return
             del self._mounts[mount_id]

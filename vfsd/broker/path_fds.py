@@ -140,6 +140,14 @@ class PathFds:
         if cached is not None and close:
             os.close(cached.fd)
 
+    def drop_all(self) -> None:
+        """All inodes are forgotten."""
+        with self._lock:
+            idle = [cached.fd for cached in self._recent.values() if self._doom(cached)]
+            self._recent.clear()
+        for fd in idle:
+            os.close(fd)
+
     def sweep(self, now: float) -> None:
         """Close what nobody used for a moment; `now` as time.monotonic()."""
         with self._lock:
