@@ -420,6 +420,19 @@ def test_mount_of_is_the_mount(store):
     assert store.mount_of(nodeid) == 0
 
 
+def test_nothing_grows_in_one_piece(store):
+    """A dictionary of all inodes would be copied whenever it grows, while every request waits."""
+    count = 50 * PAGE_ROWS - 1
+    for number in range(1, count):
+        store.insert(identity(number, handle=number % 2 == 0), 0, fd=NO_FD if number % 2 == 0 else 5, held_mount=False)
+    table = store._table
+    assert len(table.pages) == 50
+    for index in (table._by_handle, table._by_ids):
+        sizes = [len(shard) for shard in index._shards]
+        assert sum(sizes) >= count // 2
+        assert max(sizes) < 100
+
+
 @pytest.mark.parametrize("with_descriptor", [False, True])
 def test_a_hundred_thousand_inodes_take_at_most_300_bytes_each(owner, with_descriptor):
     count = 100_000
