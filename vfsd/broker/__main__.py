@@ -46,7 +46,7 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
     watchdog = Watchdog(channel, server)
 
     def crashed(error: BaseException) -> NoReturn:
-        log.bug("a thread of the pool", error)
+        log.bug("a thread", error)
         os._exit(1)
 
     whereabouts = Whereabouts()
