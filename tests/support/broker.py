@@ -233,14 +233,14 @@ class _Idle(Exception):
 
 
 class _Impatient:
-    """An epoll that raises instead of waiting."""
+    """An epoll that raises instead of waiting, for whatever time."""
 
     def __init__(self, epoll: select.epoll) -> None:
         self._epoll = epoll
 
-    def poll(self) -> list[tuple[int, int]]:
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
         events = self._epoll.poll(0)
-        if not events:
+        if not events and timeout:
             raise _Idle
         return events
 

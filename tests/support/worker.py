@@ -65,6 +65,7 @@ class Queue:
 
     def __init__(self) -> None:
         self.index = 1
+        self.size = 16
         self.last_avail = 0
         self.pushed: list[tuple[int, int]] = []
         self.chains: dict[int, Chain] = {}

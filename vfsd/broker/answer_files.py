@@ -16,7 +16,7 @@ from vfsd.broker.share import Entry, Share
 from vfsd.errors import ReplyErrno
 from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
-from vfsd.wire.broker_messages import Create, FAllocate, Fetch, Flush, FSync, Ioctl, Open, OpenDir, Release, TmpFile
+from vfsd.wire.broker_messages import TRAIT_FLUSH, Create, FAllocate, Fetch, Flush, FSync, Ioctl, Open, OpenDir, Release, TmpFile
 
 _REFUSED_FLAGS = os.O_CREAT | (os.O_TMPFILE & ~os.O_DIRECTORY)
 _READ_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
@@ -154,9 +154,13 @@ def answer_fsync(share: Share, call: Call, message: FSync) -> Answer:
 
 
 def answer_flush(share: Share, call: Call, message: Flush) -> Answer:
-    """Closing any descriptor of the description runs the file system's flush method."""
+    """Closing any descriptor of the description runs the file system's flush method; its locks an owner loses even if that fails."""
     with share.files.pin(message.nodeid, message.fh, call.session) as opened:
-        os.close(os.dup(opened.fd.fileno()))
+        try:
+            if opened.traits & TRAIT_FLUSH:
+                os.close(os.dup(opened.fd.fileno()))
+        finally:
+            share.locks.drop_owner(message.nodeid, message.owner)
     return NOTHING
 
 

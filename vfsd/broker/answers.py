@@ -31,4 +31,8 @@ class Answer(NamedTuple):
     granted_id: int = 0  # fh or nodeid
 
 
+class WouldWait(Exception):
+    """The handler cannot answer yet: run it again when a lock may have become free."""
+
+
 NOTHING = Answer([])

@@ -10,17 +10,20 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from contextlib import suppress
+from fcntl import F_UNLCK
 from types import TracebackType
 from typing import Self
 
 from vfsd.errors import ReplyErrno
 from vfsd.fds import OwnedFd
+from vfsd.sandbox import filecalls
 
 
 class OpenFile:
     """One open file. `holders` are the indexes, as bits, of the workers that hold a copy."""
 
-    __slots__ = ("_table", "closing", "fd", "fh", "holders", "is_directory", "mount_key", "nodeid", "traits", "users")
+    __slots__ = ("_table", "closing", "fd", "fh", "flocked", "holders", "is_directory", "mount_key", "nodeid", "traits", "users")
 
     def __init__(self, table: OpenFiles, fh: int, nodeid: int, fd: OwnedFd, traits: int, mount_key: int, *, is_directory: bool) -> None:
         self._table = table
@@ -33,6 +36,7 @@ class OpenFile:
         self.holders = 0
         self.users = 0
         self.closing = False
+        self.flocked = False  # a flock may have been taken on its description
 
     def duplicate(self) -> OwnedFd:
         """A descriptor of the same description, to be donated."""
@@ -102,9 +106,11 @@ class OpenFiles:
             opened = self._files.get(fh)
             if session != self._session or opened is None or opened.nodeid != nodeid:
                 return 0
-            close = self._retire(opened)
-        if close:
-            opened.fd.close()
+            self._retire(opened)
+            opened.users += 1
+        with opened:
+            if opened.flocked:  # it would last as long as any copy of the description
+                _drop_flock(opened)
         return opened.holders
 
     def begin_session(self, session: int) -> None:
@@ -122,3 +128,8 @@ class OpenFiles:
         del self._files[opened.fh]
         opened.closing = True
         return opened.users == 0
+
+
+def _drop_flock(opened: OpenFile) -> None:
+    with suppress(OSError):  # a server that cannot be told
+        filecalls.flock(opened.fd.fileno(), F_UNLCK)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from vfsd.broker import answer_files as files
 from vfsd.broker import answer_inodes as inodes
+from vfsd.broker import answer_locks as locks
 from vfsd.broker import answer_names as names
 from vfsd.broker.answers import Answer, Call
 from vfsd.broker.share import Share
@@ -51,5 +52,7 @@ HANDLERS: dict[type[Any], Row] = {
     messages.Access: Row(inodes.answer_access, writes=False),
     messages.SyncFs: Row(inodes.answer_syncfs, writes=False),
     messages.StatX: Row(inodes.answer_statx, writes=False),
+    messages.GetLock: Row(locks.answer_getlock, writes=False),
+    messages.SetLock: Row(locks.answer_setlock, writes=False),  # a lock changes nothing in the file
     messages.Ioctl: Row(files.answer_ioctl, writes=False),  # by its command
 }

@@ -14,9 +14,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from fcntl import F_UNLCK
 from typing import Any, NamedTuple
 
-from vfsd.broker.answers import Answer, Call, Granted
+from vfsd.broker.answers import Answer, Call, Granted, WouldWait
+from vfsd.broker.lock_waits import LockWaits
+from vfsd.broker.locks_in_use import LocksInUse
 from vfsd.broker.requests import HANDLERS
 from vfsd.broker.session_change import SessionChange
 from vfsd.broker.share import Share
@@ -60,11 +63,15 @@ class Server:
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._turn_link: WorkerLink | None = None
         self._outcomes: list[Outcome] = []
+        self._strays: list[tuple[WorkerLink, Outcome]] = []  # of lock requests that were tried again: of any worker
         self._changes = SessionChange()
+        self._lock_waits = LockWaits(self._wake)
+        self._locks_in_use = LocksInUse()
         self.generation = 0  # counts sessions and links that ended
 
     def serve(self, share: Share) -> None:
         self._share = share
+        share.locks.freed = self._lock_waits.wake
 
     @property
     def share(self) -> Share:
@@ -98,6 +105,8 @@ class Server:
             link.close()
         self.generation += 1
         self._settle_change(self._changes.gone(link))
+        self._locks_in_use.gone(link)
+        self._lock_waits.wake_all()  # its own go, and others may have waited for its acknowledgement
 
     def _breach(self, link: WorkerLink, text: str) -> None:
         self._log.error(f"worker {link.index} broke the broker protocol: {text}")
@@ -155,13 +164,19 @@ class Server:
                 self._condemn(link, f"has not read its replies for {UNREAD_SECONDS:.0f} s")
         for link in self._changes.overdue(now):
             self._condemn(link, "has not acknowledged a new session")
+        for link in self._locks_in_use.overdue(now):
+            self._condemn(link, "has not acknowledged that locks are in use")
         if self._unreported:
-            os.eventfd_write(self._wake_fd, 1)
+            self._wake()
         self.share.paths.sweep(now)
 
     def _condemn(self, link: WorkerLink, text: str) -> None:
         """Have the leader end a link: a socket must not be closed under its hands."""
         self._condemned.append((link, text))
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have the leader look around, from any thread."""
         os.eventfd_write(self._wake_fd, 1)
 
     def _execute_condemned(self) -> None:
@@ -177,7 +192,12 @@ class Server:
     def next_turn(self) -> deque[Task]:
         while True:
             if not self._ready:
-                self._ready.extend(self._epoll.poll())
+                due = self._lock_waits.take_due()
+                self._ready.extend(self._epoll.poll(0 if due else self._lock_waits.seconds()))
+                if due:
+                    return due
+                if not self._ready:
+                    continue
             fd, events = self._ready.popleft()
             if fd == self._wake_fd:
                 self._execute_condemned()
@@ -235,8 +255,10 @@ class Server:
                 return
             if late:
                 self._post(task.link, [outcome], [])
-            else:
+            elif task.link is self._turn_link:
                 self._outcomes.append(outcome)
+            else:
+                self._strays.append((task.link, outcome))
 
         return deliver
 
@@ -245,13 +267,16 @@ class Server:
         self._turn_link, self._outcomes = None, []
         if link is not None and (outcomes or link.owes_acknowledgement):
             self._post(link, outcomes, [])
+        strays, self._strays = self._strays, []
+        for link, outcome in strays:
+            self._post(link, [outcome], [])
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def _serve(self, task: Task) -> Outcome | None:
         """Run one request; None if no answer is owed, or not yet."""
         try:
-            answer = self._answer(task)
+            answer = self._answer_lock(task) if task.spec.message is wire.SetLock else self._answer(task)
         except Exception as error:  # noqa: BLE001  # the dispatch boundary: sorted out by _errno_of
             number = self._errno_of(task, error)
             drop_traceback(error)
@@ -275,6 +300,40 @@ class Server:
             raise ReplyErrno(errno.EROFS)
         return row.handler(self.share, Call(task.session, task.link.index), task.message)
 
+    # --- locks -------------------------------------------------------------------------------------------------------
+
+    def _answer_lock(self, task: Task) -> Answer | None:
+        """As `_answer`; None if it must wait, for the lock or for a worker to know of locks: the task comes again."""
+        if not self._lock_waits.begin(task):
+            raise ReplyErrno(errno.EINVAL)
+        try:
+            answer = self._answer(task) if self._all_know_of_locks(task) else None
+        except WouldWait as error:
+            drop_traceback(error)
+            answer = None
+        except Exception:
+            self._lock_waits.finished(task)
+            raise
+        if answer is None:
+            self._lock_waits.park(task)
+        else:
+            self._lock_waits.finished(task)
+        return answer
+
+    def _all_know_of_locks(self, task: Task) -> bool:
+        """Before the first POSIX lock of a session every worker must know that it asks for each FLUSH from now on."""
+        session, message = task.session, task.message
+        if message.flock or message.kind == F_UNLCK or session != self.share.session or self._locks_in_use.known(session):
+            return True
+        self.share.note_locks(session)
+        links = [link for link in list(self._by_index.values()) if link.greeted]
+        if self._locks_in_use.begin(session, links, time.monotonic()):
+            for link in links:
+                self._post(link, [], [wire.LocksNotice(session)])
+                if link.closed:  # it went before it could be waited for
+                    self._locks_in_use.gone(link)
+        return self._locks_in_use.known(session)
+
     # --- sessions ----------------------------------------------------------------------------------------------------
 
     def _change_session(self, task: Task) -> Answer | None:
@@ -286,6 +345,13 @@ class Server:
         if isinstance(message, wire.SessionAck):
             self._settle_change(self._changes.acknowledged(message.session, task.link))
             return None
+        if isinstance(message, wire.LocksAck):
+            self._locks_in_use.acknowledged(message.session, task.link)
+            self._lock_waits.wake_all()
+            return None
+        if isinstance(message, wire.CancelLock):
+            self._lock_waits.cancel(task.link, message.request_id)
+            return None
         self._begin_session(task, message.flags | wire.SESSION_ACTIVE if isinstance(message, wire.SessionStart) else 0)
         return None
 
@@ -293,6 +359,7 @@ class Server:
         """Wipe, tell every worker, and answer when all have dropped what was of the old session."""
         session = self.share.begin_session(flags)
         self.generation += 1
+        self._lock_waits.wake_all()  # what waits is of the session before, and refused
         links = list(self._by_index.values())
         # A worker that is only starting holds nothing yet; Hello tells it the session.
         greeted = [link for link in links if link.greeted]

@@ -17,6 +17,7 @@ from vfsd.broker.credentials import Credentials
 from vfsd.broker.donations import NodeDonations
 from vfsd.broker.file_handles import FileHandles, Log, device_of
 from vfsd.broker.inode_store import Identity, InodeStore, Pin, Released
+from vfsd.broker.locks import Locks
 from vfsd.broker.mount_fds import MountFds
 from vfsd.broker.open_files import OpenFiles
 from vfsd.broker.path_fds import PathFd, PathFds
@@ -27,7 +28,7 @@ from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
 from vfsd.sandbox.filecalls import Statx
 from vfsd.wire.attr import ATTR, ATTR_SUBMOUNT, STATX, encode_rdev
-from vfsd.wire.broker_messages import TRAIT_FLUSH, DropFile, DropNode, Notice
+from vfsd.wire.broker_messages import SESSION_LOCKS, TRAIT_FLUSH, DropFile, DropNode, Notice
 
 _NO_FD = -1
 _STATX_TOLD = filecalls.STATX_BASIC_STATS | filecalls.STATX_BTIME  # mount ids of the host are not the guest's business
@@ -102,6 +103,7 @@ class Share:
         self.paths = PathFds(self.handles, settings.path_fd_budget)
         self.store = InodeStore(self.lock, self._release_inodes)
         self.files = OpenFiles(self.lock)
+        self.locks = Locks()
         self.donations = NodeDonations()
         self.traits = Traits()
         self.closer = closer
@@ -118,11 +120,17 @@ class Share:
         held = identity.handle_key is not None and self.mounts.acquire(identity.mount_id, root_fd, identity.file_type)
         self.store.insert_root(identity, fd=root_fd, held_mount=held)
 
-    def require_room_for_fd(self) -> None:
-        """ENFILE when the guest has as many descriptors as it may: the broker keeps some for itself, or it could not go on."""
-        while len(self.files) + self.store.fd_count >= self.settings.most_guest_fds:
+    def has_room_for_fd(self) -> bool:
+        """Whether the guest may have another descriptor: the broker keeps some for itself, or it could not go on."""
+        while len(self.files) + self.store.fd_count + len(self.locks) >= self.settings.most_guest_fds:
             if not self.reap():  # what an ended session left is the first to go
-                raise ReplyErrno(errno.ENFILE)
+                return False
+        return True
+
+    def require_room_for_fd(self) -> None:
+        """ENFILE when the guest has as many descriptors as it may."""
+        if not self.has_room_for_fd():
+            raise ReplyErrno(errno.ENFILE)
 
     def own_open(self, fd: int, traits: int, mount_id: int) -> OwnedFd:
         """An open file, or a copy on its way to a worker; where closing one may wait for a server, that is left to the closer."""
@@ -203,16 +211,25 @@ class Share:
     def release_file(self, nodeid: int, fh: int, session: int, worker: int) -> None:
         """RELEASE from one worker; the others are told to drop their copies."""
         others = self.files.release(nodeid, fh, session) & ~(1 << worker)
+        self.locks.drop_file(nodeid, fh)
+        self.locks.freed(nodeid)
         if others:
             self._notify(others, DropFile(fh))
 
     def _release_inodes(self, released: list[Released]) -> None:
         for inode in released:
             self.paths.drop(inode.nodeid)
+            self.locks.drop_inode(inode.nodeid)
             self._give_back(inode.mount_id, inode.fd, held=inode.held_mount)
             holders = self.donations.forget(inode.nodeid)
             if holders:
                 self._notify(holders, DropNode(inode.nodeid))
+
+    def note_locks(self, session: int) -> None:
+        """POSIX locks are in use in this session: a worker that greets from now on hears it at once."""
+        with self.lock:
+            if session == self.session:
+                self.session_flags |= SESSION_LOCKS
 
     def begin_session(self, flags: int) -> int:
         """Forget everything the last session left; returns the new session's number. The reaper frees it."""
@@ -221,6 +238,7 @@ class Share:
             self.session_flags = flags
             session = self.session
         self.files.begin_session(session)
+        self.locks.begin_session(session)
         self.store.begin_session(session)
         self.donations.clear()  # the notice of the new session says it all
         self.paths.drop_all()

@@ -7,6 +7,7 @@ descriptors, raise OSError with the kernel's errno, and release the GIL while th
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import platform
 import struct
@@ -30,6 +31,9 @@ FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR = 0x801C581F, 0x401C5820
 IOCTL_BYTES = {FS_IOC_GETFLAGS: 4, FS_IOC_SETFLAGS: 4, FS_IOC_FSGETXATTR: 28, FS_IOC_FSSETXATTR: 28}
 IOCTLS_THAT_WRITE = frozenset({FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR})
 _IOCTL_ROOM = 32
+
+_FLOCK = struct.Struct("<hhxxxxqqixxxx")  # struct flock: type, whence, start, length (0: to the end), pid
+_LAST_OFFSET = (1 << 63) - 1
 
 _HANDLE_HEADER = struct.Struct("<Ii")  # struct file_handle: handle_bytes, handle_type; the bytes follow
 
@@ -208,6 +212,28 @@ def ioctl(fd: int, command: int, argument: bytes) -> bytes:
     if _syscall(_NR["ioctl"], fd, ctypes.c_ulong(command), buffer) < 0:
         _raise()
     return buffer.raw[: IOCTL_BYTES[command]]
+
+
+def set_lock(fd: int, kind: int, start: int, end: int) -> None:
+    """Lock (F_RDLCK, F_WRLCK) or unlock (F_UNLCK) bytes for the description behind `fd`, without waiting: EAGAIN if another has them."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, _lock_length(start, end), 0))
+
+
+def conflicting_lock(fd: int, kind: int, start: int, end: int) -> tuple[int, int, int]:
+    """(first byte, last byte, kind) of a lock in the way of this one; kind F_UNLCK if none is."""
+    packed = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, start, _lock_length(start, end), 0))
+    kind, _whence, start, length, _pid = _FLOCK.unpack(packed)
+    return start, start + length - 1 if length else _LAST_OFFSET, kind
+
+
+def _lock_length(start: int, end: int) -> int:
+    return 0 if end == _LAST_OFFSET else end - start + 1
+
+
+def flock(fd: int, kind: int) -> None:
+    """Lock the description behind `fd`, or unlock it, by the kinds of fcntl, without waiting: EAGAIN if another has it."""
+    operation = {fcntl.F_RDLCK: fcntl.LOCK_SH, fcntl.F_WRLCK: fcntl.LOCK_EX, fcntl.F_UNLCK: fcntl.LOCK_UN}[kind]
+    fcntl.flock(fd, operation | fcntl.LOCK_NB)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

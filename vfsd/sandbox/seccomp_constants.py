@@ -18,12 +18,11 @@ _FROM_OS = (
 
 CONSTANTS: dict[str, int] = {
     **{name: getattr(os, name) for name in _FROM_OS},
-    **{name: getattr(fcntl, name) for name in ("F_GETFL", "F_SETFL", "F_DUPFD_CLOEXEC")},
+    **{name: getattr(fcntl, name) for name in ("F_GETFL", "F_SETFL", "F_DUPFD_CLOEXEC", "F_OFD_GETLK", "F_OFD_SETLK")},
+    **{name: getattr(fcntl, name) for name in ("LOCK_SH", "LOCK_EX", "LOCK_UN", "LOCK_NB")},
     **{name: getattr(mmap, name) for name in ("PROT_READ", "PROT_WRITE", "PROT_EXEC", "MAP_SHARED", "MAP_PRIVATE", "MAP_ANONYMOUS")},
     **{name: getattr(mmap, name) for name in ("MADV_DONTNEED", "MADV_FREE")},
     **{name: getattr(socket, name) for name in ("SOL_SOCKET", "SO_TYPE", "SO_PROTOCOL", "SO_DOMAIN")},
-    "F_OFD_GETLK": 36,
-    "F_OFD_SETLK": 37,
     "PROT_NONE": 0,
     "MAP_NORESERVE": 0x4000,
     "MREMAP_MAYMOVE": 1,

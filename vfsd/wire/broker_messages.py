@@ -395,9 +395,15 @@ class SetLock(NamedTuple):
 
 
 class CancelLock(NamedTuple):
-    """The worker no longer wants the lock that it asked for by that request."""
+    """The worker waits no longer for the lock that it asked for by that request: which is then answered, by EINTR or by the lock."""
 
     request_id: int
+
+
+class LocksAck(NamedTuple):
+    """The worker asks for each FLUSH of that session from now on."""
+
+    session: int
 
 
 class Ioctl(NamedTuple):
@@ -412,6 +418,12 @@ class SessionNotice(NamedTuple):
 
     session: int
     flags: int
+
+
+class LocksNotice(NamedTuple):
+    """A POSIX lock was asked for in this session: FLUSH drops locks from now on; to be acknowledged by LocksAck."""
+
+    session: int
 
 
 class DropFile(NamedTuple):
@@ -430,9 +442,9 @@ Request = (
     Hello | SessionStart | SessionEnd | SessionAck | Lookup | LookupMany | Forget | GetAttr | SetAttr | ReadLink | SymLink
     | MkNod | MkDir | Unlink | RmDir | Rename | Link | Open | OpenDir | Create | TmpFile | Release | Fetch | StatFs | FSync
     | Flush | FAllocate | AfterWrite | Access | SyncFs | StatX | GetXattr | SetXattr | ListXattr | RemoveXattr | GetLock
-    | SetLock | CancelLock | Ioctl
+    | SetLock | CancelLock | LocksAck | Ioctl
 )  # fmt: skip
-Notice = SessionNotice | DropFile | DropNode
+Notice = SessionNotice | DropFile | DropNode | LocksNotice
 
 
 class Spec(NamedTuple):
@@ -501,16 +513,18 @@ REQUESTS = (
         42, SetLock, (U64, U64, U64, *_RANGE, _LOCK_KIND, BOOL, BOOL), (), 0,
         in_session=True, resembles="fcntl(F_OFD_SETLK), flock(LOCK_NB)",
     ),
-    Spec(43, CancelLock, (U64,), None, 0, in_session=True, resembles="–"),
+    Spec(43, CancelLock, (U64,), None, 0, in_session=False, resembles="–"),
     Spec(44, Ioctl, (U64, U64, U32, Bin(0, MAX_IOCTL_BYTES)), (Bin(0, MAX_IOCTL_BYTES),), 0, in_session=True, resembles="ioctl"),
+    Spec(45, LocksAck, (U64,), None, 0, in_session=False, resembles="–"),
 )  # fmt: skip
 
-NOTICES: dict[int, type[Any]] = {1: SessionNotice, 2: DropFile, 3: DropNode}
+NOTICES: dict[int, type[Any]] = {1: SessionNotice, 2: DropFile, 3: DropNode, 4: LocksNotice}
 
 # Session flags: the low byte is the broker's business, the others are the workers' own and opaque to it.
 SESSION_ACTIVE = 1 << 0  # the guest has mounted; without it a worker answers everything but INIT with EIO
 SESSION_POSIX_ACL = 1 << 1  # the guest reads and writes ACLs, and leaves the umask to the host
 SESSION_SUPP_GROUPS = 1 << 2  # it tells the groups of who makes a file
+SESSION_LOCKS = 1 << 3  # a POSIX lock was asked for; the broker's to set
 SESSION_OWN_FLAGS_SHIFT = 8
 
 # Open, OpenDir and Create tell what the file system behind a description is like.

@@ -54,11 +54,12 @@ class BrokerClient:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def ask(self, message: wire.Request, asker: Asker) -> None:
-        """Send a question with the next packet."""
+    def ask(self, message: wire.Request, asker: Asker) -> int:
+        """Send a question with the next packet; its request id."""
         self._next_id += 1
         self._asked[self._next_id] = asker
         self._gathered.append(wire.encode_request(self._next_id, message))
+        return self._next_id
 
     def tell(self, message: wire.Request) -> None:
         """Send a message that has no answer."""

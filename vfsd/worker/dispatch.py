@@ -16,6 +16,7 @@ from vfsd.wire import broker_messages as wire
 from vfsd.wire.fuse_abi import FUSE_INIT
 from vfsd.worker.file_system import FileSystem, Given, NoReply, Outcome, Placed
 from vfsd.worker.io_pool import IoPool, Job
+from vfsd.worker.lock_waits import LockWaits
 from vfsd.worker.opcodes import HANDLERS, WITHOUT_REPLY
 from vfsd.worker.request import Request
 from vfsd.worker.ring import Ring
@@ -74,6 +75,7 @@ class Dispatcher:
     def __init__(self, fs: FileSystem, pool: IoPool) -> None:
         self._fs = fs
         self._pool = pool
+        self._lock_waits = LockWaits(fs.broker)
         self._waiting: set[Operation] = set()
         self._waiting_bytes = 0
 
@@ -122,6 +124,9 @@ class Dispatcher:
         if isinstance(wish, Job):
             operation.on_pool = True
             self._pool.submit(wish, operation)
+        elif isinstance(wish, wire.SetLock) and wish.wait:
+            if not self._lock_waits.ask(operation, wish):
+                operation.advance(None, ReplyErrno(errno.ENOLCK))
         else:
             self._fs.broker.ask(wish, operation)
 
@@ -143,6 +148,10 @@ class Dispatcher:
             written = request.reply(error, outcome)
         request.data = []
         ring.queue.push(request.chain.head, written)
+
+    def end_lock_waits(self, ring: Ring) -> None:
+        """What waits for a lock on this ring is answered at once: EINTR, if it has not got the lock by then."""
+        self._lock_waits.cancel(ring)
 
     def give_up(self, ring: Ring) -> bool:
         """Fail with EIO what waits on this ring for the broker, or for its turn on the pool; what it made is wiped with the session.

@@ -71,6 +71,7 @@ class FileSystem:
         self.cache = cache
         self.features = features
         self._agreed = 0
+        self._locks_session = 0  # the last session in which a POSIX lock was asked for
         self.log = log
         self._pool = pool
         self.files = OpenFiles(most_files)
@@ -89,11 +90,18 @@ class FileSystem:
         self.broker.begin_session(notice.session)
         self.active = bool(notice.flags & wire.SESSION_ACTIVE)
         self._agreed = notice.flags >> wire.SESSION_OWN_FLAGS_SHIFT
+        if notice.flags & wire.SESSION_LOCKS:
+            self._locks_session = notice.session
         self.broker.tell(wire.SessionAck(notice.session))
 
     def agreed(self, flag: int) -> bool:
         """Whether an INIT flag was offered by the guest and taken by us."""
         return bool(self._agreed & flag)
+
+    @property
+    def locks_in_use(self) -> bool:
+        """Whether a FLUSH may drop locks, in this session: whichever worker they were taken through."""
+        return self._locks_session == self.broker.session
 
     def noticed(self, notice: wire.Notice) -> None:
         """What the broker says unasked."""
@@ -101,6 +109,9 @@ class FileSystem:
             self.begin_session(notice)
         elif isinstance(notice, wire.DropFile):
             self.files.drop(notice.fh)
+        elif isinstance(notice, wire.LocksNotice):
+            self._locks_session = max(self._locks_session, notice.session)
+            self.broker.tell(wire.LocksAck(notice.session))
         else:
             self.nodes.drop(notice.nodeid)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vfsd.wire import fuse_abi as abi
-from vfsd.worker import ops_dirs, ops_files, ops_inodes, ops_names, ops_session
+from vfsd.worker import ops_dirs, ops_files, ops_inodes, ops_locks, ops_names, ops_session
 from vfsd.worker.file_system import Handler
 
 HANDLERS: dict[int, Handler] = {
@@ -36,6 +36,9 @@ HANDLERS: dict[int, Handler] = {
     abi.FUSE_TMPFILE: ops_names.tmpfile,
     abi.FUSE_STATX: ops_inodes.statx,
     abi.FUSE_IOCTL: ops_files.ioctl,
+    abi.FUSE_GETLK: ops_locks.getlk,
+    abi.FUSE_SETLK: ops_locks.setlk,
+    abi.FUSE_SETLKW: ops_locks.setlkw,
     abi.FUSE_INTERRUPT: ops_session.interrupt,
     abi.FUSE_DESTROY: ops_session.destroy,
     abi.FUSE_BATCH_FORGET: ops_session.batch_forget,

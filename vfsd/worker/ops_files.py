@@ -165,10 +165,10 @@ def _write_all(fd: int, views: list[memoryview], offset: int, rwf: int) -> int:
 
 
 def flush(fs: FileSystem, request: Request) -> Outcome | Waiting:
-    """Only a file system with a flush method of its own needs the call."""
+    """The broker's if the file system has a flush method, or if the owner may have locks on the file; otherwise nothing to do."""
     fh, owner = abi.fuse_flush_in.unpack_from(request.arguments(abi.fuse_flush_in.size))
     opened = fs.files.get(request.nodeid, fh)
-    if opened is None or opened.traits & wire.TRAIT_FLUSH:
+    if opened is None or opened.traits & wire.TRAIT_FLUSH or fs.locks_in_use:
         return _ask_nothing(wire.Flush(request.nodeid, fh, owner))
     return b""
 

@@ -70,5 +70,5 @@ def batch_forget(fs: FileSystem, request: Request) -> Outcome:
 
 
 def interrupt(_fs: FileSystem, _request: Request) -> Outcome:
-    """Linux sends none over virtio-fs. Nothing here waits for long but what the host kernel holds, which cannot be stopped."""
+    """Linux sends none over virtio-fs. What the host kernel holds could not be stopped anyway."""
     return NO_REPLY

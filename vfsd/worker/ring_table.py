@@ -163,6 +163,7 @@ class RingTable:
         ring = self._ring(message.queue_index)
         self._unwatch(ring)
         ring.stopping = Stopping(message.seq, time.monotonic() + DRAIN_SECONDS)
+        self._dispatcher.end_lock_waits(ring)
 
     def finish_stops(self, now: float) -> None:
         """Answer the stops that are drained, and those whose time is over."""

@@ -170,6 +170,11 @@ class Virtqueue:
         return self._own(self._own(view).cast("H"))
 
     @property
+    def size(self) -> int:
+        """How many requests the driver can have in flight, one descriptor each."""
+        return self._size
+
+    @property
     def in_flight(self) -> int:
         """How many chains were popped and are not yet published."""
         return len(self._in_flight)
