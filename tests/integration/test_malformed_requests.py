@@ -17,9 +17,6 @@ NOT_THERE = {
     abi.FUSE_GETXATTR,
     abi.FUSE_LISTXATTR,
     abi.FUSE_REMOVEXATTR,
-    abi.FUSE_GETLK,
-    abi.FUSE_SETLK,
-    abi.FUSE_SETLKW,
     abi.FUSE_BMAP,
     abi.FUSE_POLL,
     abi.FUSE_SETUPMAPPING,
@@ -54,6 +51,9 @@ IMPLEMENTED = {
     abi.FUSE_LSEEK: bytes(24),
     abi.FUSE_COPY_FILE_RANGE: bytes(56),
     abi.FUSE_SYNCFS: bytes(8),
+    abi.FUSE_GETLK: bytes(48),
+    abi.FUSE_SETLK: bytes(48),
+    abi.FUSE_SETLKW: bytes(48),
 }
 NAMED = [opcode for opcode, body in IMPLEMENTED.items() if body.endswith((b"e\0", b"t\0", b"w\0"))]
 
