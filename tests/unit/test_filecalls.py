@@ -1,6 +1,7 @@
 """The file calls that Python lacks, against what Python and the kernel say of the same files."""
 
 import errno
+import fcntl
 import os
 import stat
 import struct
@@ -11,6 +12,7 @@ import pytest
 from tests.support.broker import path_fd
 from vfsd.sandbox import capabilities, filecalls
 
+LAST_OFFSET = (1 << 63) - 1
 DIRENT64 = struct.Struct("<QqHB")
 
 
@@ -258,3 +260,34 @@ def test_capabilities_change_for_one_thread_only():
 
     assert on_a_thread(limit)[1:] == (permitted & 0b10, permitted)
     assert ids() == before
+
+
+def test_locks_are_of_the_description_and_not_waited_for(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    first, second = os.open(path, os.O_RDWR), os.open(path, os.O_RDWR)
+    filecalls.set_lock(first, fcntl.F_WRLCK, 10, 19)
+    with pytest.raises(BlockingIOError):
+        filecalls.set_lock(second, fcntl.F_RDLCK, 19, LAST_OFFSET)
+    assert filecalls.conflicting_lock(second, fcntl.F_RDLCK, 0, LAST_OFFSET) == (10, 19, fcntl.F_WRLCK)
+    assert filecalls.conflicting_lock(first, fcntl.F_RDLCK, 0, LAST_OFFSET)[2] == fcntl.F_UNLCK
+    filecalls.set_lock(second, fcntl.F_WRLCK, 20, LAST_OFFSET)
+    assert filecalls.conflicting_lock(first, fcntl.F_RDLCK, 5, LAST_OFFSET) == (20, LAST_OFFSET, fcntl.F_WRLCK)
+    filecalls.set_lock(first, fcntl.F_UNLCK, 10, 14)
+    assert filecalls.conflicting_lock(second, fcntl.F_WRLCK, 10, 19) == (15, 19, fcntl.F_WRLCK)
+    os.close(first)
+    os.close(second)
+
+
+def test_flock_is_not_waited_for(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    first, second = os.open(path, os.O_RDONLY), os.open(path, os.O_RDONLY)
+    filecalls.flock(first, fcntl.F_RDLCK)
+    filecalls.flock(second, fcntl.F_RDLCK)
+    with pytest.raises(BlockingIOError):
+        filecalls.flock(second, fcntl.F_WRLCK)
+    filecalls.flock(first, fcntl.F_UNLCK)
+    filecalls.flock(second, fcntl.F_WRLCK)
+    os.close(first)
+    os.close(second)
