@@ -10,8 +10,10 @@ import hashlib
 import mmap
 import os
 import shutil
+import signal
 import socket
 import stat
+import struct
 import time
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -500,6 +502,50 @@ def count_under_lock(path, processes, rounds, lock):
                 getattr(fcntl, lock)(file, fcntl.LOCK_UN)
 
     return [several(processes, work), read_text(path)]
+
+
+def try_lock(path, how):
+    """Whether this side gets a lock at once. `how`: flock, lockf or ofd."""
+    with open(path, "r+") as file:
+        try:
+            _lock(file, how, wait=False)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _lock(file, how, *, wait):
+    if how == "ofd":  # struct flock: F_WRLCK, SEEK_SET, the whole file
+        fcntl.fcntl(file, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, struct.pack("hhxxxxqqixxxx", 1, 0, 0, 0, 0))
+    else:
+        getattr(fcntl, how)(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def begin_to_wait_for_lock(path, how):
+    """A process that waits for a lock, and keeps it when it has it; its pid."""
+    return begin_to_hold_lock(path, how, wait=True)
+
+
+def begin_to_hold_lock(path, how, *, wait=False):
+    """A process that locks a file and keeps it so; its pid."""
+    ready, said = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with open(path, "r+") as file:
+            if wait:
+                os.write(said, b"x")
+            _lock(file, how, wait=wait)
+            os.write(said, b"x")
+            signal.pause()
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(said)
+    return pid
+
+
+def kill_and_reap(pid):
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def talk_through_fifo(path, text):

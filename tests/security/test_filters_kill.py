@@ -87,6 +87,7 @@ def test_the_whole_process_dies_however_many_threads_it_has(sandbox: Sandbox, th
 WORKER_OUT_OF_RANGE = {
     "fcntl F_SETFL": call("fcntl", 0, 4, 0),
     "fcntl F_GETFL in the low half": call("fcntl", 0, 1 << 32 | 3),
+    "fcntl F_OFD_SETLK": call("fcntl", 0, 37, 0),
     "preadv2 with an unknown flag": call("preadv2", 0, 0, 0, 0, 0, 0x100),
     "pwritev2 with an unknown flag": call("pwritev2", 0, 0, 0, 0, 0, 0x100),
     "copy_file_range with a flag": call("copy_file_range", 0, 0, 1, 0, 1, 1),
@@ -104,6 +105,8 @@ BROKER_OUT_OF_RANGE = {
     "name_to_handle_at of a name": call("name_to_handle_at", 0, "x", 0, 0, 0),
     "fcntl F_SETOWN": call("fcntl", 0, 8, 1),
     "fcntl F_OFD_SETLKW": call("fcntl", 0, 38, 0),
+    "fcntl F_SETLKW": call("fcntl", 0, 7, 0),
+    "flock that waits": call("flock", 0, 2),
     "setresuid of all three": call("setresuid", 1000, 1000, 1000),
     "setresgid of the real one": call("setresgid", 1000, -1, -1),
     "mmap of a file": call("mmap", 0, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, 0, 0),
