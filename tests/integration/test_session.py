@@ -66,7 +66,7 @@ def test_the_flags_that_save_round_trips_are_taken(client):
 
 
 def test_flags_that_are_not_implemented_are_not_taken(client):
-    refused = abi.FUSE_POSIX_LOCKS | abi.FUSE_FLOCK_LOCKS | abi.FUSE_POSIX_ACL | abi.FUSE_SECURITY_CTX | abi.FUSE_HANDLE_KILLPRIV
+    refused = abi.FUSE_POSIX_ACL | abi.FUSE_SECURITY_CTX | abi.FUSE_HANDLE_KILLPRIV
     refused |= abi.FUSE_WRITEBACK_CACHE | abi.FUSE_DONT_MASK | abi.FUSE_SETXATTR_EXT | abi.FUSE_EXPORT_SUPPORT | abi.FUSE_HAS_INODE_DAX
     assert client.init(flags=(1 << 64) - 1).flags & refused == 0
 
