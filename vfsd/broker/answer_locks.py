@@ -17,7 +17,7 @@ from vfsd.broker.open_files import OpenFile
 from vfsd.broker.share import Share
 from vfsd.errors import ReplyErrno
 from vfsd.sandbox import filecalls
-from vfsd.wire.broker_messages import GetLock, SetLock
+from vfsd.wire.broker_messages import TRAIT_FLUSH, GetLock, SetLock
 
 # Why a file cannot be opened for writing although it can be read.
 _READ_ONLY = (errno.EROFS, errno.ETXTBSY, errno.EACCES, errno.EPERM)
@@ -91,4 +91,5 @@ def _add_owner(share: Share, call: Call, opened: OpenFile, owner_id: int) -> Loc
             if error.errno not in _READ_ONLY:
                 raise
             fd = share.open_inode(inode, os.O_RDONLY)
-        return share.locks.add(call.session, opened.nodeid, owner_id, share.to_donate(fd.detach(), opened.traits))
+        fd = share.own_open(fd.detach(), opened.traits, inode.mount_id)
+        return share.locks.add(call.session, opened.nodeid, owner_id, fd, remote=bool(opened.traits & TRAIT_FLUSH))

@@ -67,12 +67,12 @@ class LockWaits:
             del self._waits[_key(task)]
 
     def park(self, task: Task) -> None:
-        """Try it again later. Raises what it ends with instead: EINTR if it was cancelled, ENOLCK if its worker waits for too much."""
+        """Try it again later. Raises what it ends with instead: EAGAIN if it was cancelled, ENOLCK if its worker waits for too much."""
         with self._lock:
             wait = self._waits[_key(task)]
             if wait.cancelled or self._parked[task.link] >= MAX_WAITS:
                 del self._waits[_key(task)]
-                raise ReplyErrno(errno.EINTR if wait.cancelled else errno.ENOLCK)
+                raise ReplyErrno(errno.EAGAIN if wait.cancelled else errno.ENOLCK)
             self._parked[task.link] += 1
             self._schedule(wait, time.monotonic() + wait.delay)
             wait.delay = min(2 * wait.delay, LAST_RETRY_SECONDS)

@@ -25,15 +25,19 @@ LAST_OFFSET = (1 << 63) - 1
 
 
 class LockOwner:
-    """One owner's description; through a `with` block it stays open. `fh`: the open file through which it last locked."""
+    """One owner's description; through a `with` block it stays open. `fh`: the open file through which it last locked.
 
-    __slots__ = ("_locks", "closing", "fd", "fh", "nodeid", "owner", "users")
+    `remote`: a server keeps the locks, and to drop one may wait for it.
+    """
 
-    def __init__(self, locks: Locks, nodeid: int, owner: int, fd: OwnedFd) -> None:
+    __slots__ = ("_locks", "closing", "fd", "fh", "nodeid", "owner", "remote", "users")
+
+    def __init__(self, locks: Locks, nodeid: int, owner: int, fd: OwnedFd, *, remote: bool) -> None:
         self._locks = locks
         self.nodeid = nodeid
         self.owner = owner
         self.fd = fd
+        self.remote = remote
         self.fh = 0
         self.users = 0
         self.closing = False
@@ -71,7 +75,7 @@ class Locks:
                 found.users += 1
             return found
 
-    def add(self, session: int, nodeid: int, owner: int, fd: OwnedFd) -> LockOwner:
+    def add(self, session: int, nodeid: int, owner: int, fd: OwnedFd, *, remote: bool) -> LockOwner:
         """Hold an owner's new description through a `with` block; the one it has, if another thread was first.
 
         Takes over `fd`. ESTALE if the session has ended. The caller has pinned the inode: nobody can be forgetting it.
@@ -80,7 +84,7 @@ class Locks:
             owners = self._by_inode.setdefault(nodeid, {}) if session == self._session else {}
             found = owners.get(owner)
             if found is None and session == self._session:
-                found = owners[owner] = LockOwner(self, nodeid, owner, fd)
+                found = owners[owner] = LockOwner(self, nodeid, owner, fd, remote=remote)
                 self._count += 1
             if found is not None:
                 found.users += 1
@@ -112,15 +116,16 @@ class Locks:
             for owner in found:
                 owner.users += 1
         for owner in found:
-            self._drop(owner)
+            self._drop(owner, unlock=not owner.remote)  # RELEASE has no answer that could wait: the closer ends these
 
-    def _drop(self, owner: LockOwner) -> None:
+    def _drop(self, owner: LockOwner, *, unlock: bool = True) -> None:
         """Let go of a held one. Its locks by a call of its own: some descriptors are closed by the closer, some time later."""
         with owner:
             with self._lock:
                 self._retire(owner)
-            with suppress(OSError):  # a server that cannot be told: its locks end with the descriptor
-                filecalls.set_lock(owner.fd.fileno(), F_UNLCK, 0, LAST_OFFSET)
+            if unlock:
+                with suppress(OSError):  # a server that cannot be told: its locks end with the descriptor
+                    filecalls.set_lock(owner.fd.fileno(), F_UNLCK, 0, LAST_OFFSET)
         self.freed(owner.nodeid)
 
     def drop_inode(self, nodeid: int) -> None:

@@ -18,6 +18,7 @@ from typing import Self
 from vfsd.errors import ReplyErrno
 from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
+from vfsd.wire.broker_messages import TRAIT_FLUSH
 
 
 class OpenFile:
@@ -109,7 +110,8 @@ class OpenFiles:
             self._retire(opened)
             opened.users += 1
         with opened:
-            if opened.flocked:  # it would last as long as any copy of the description
+            # It would last as long as any copy of the description. Where a server keeps it, the call may wait, which RELEASE must not.
+            if opened.flocked and not opened.traits & TRAIT_FLUSH:
                 _drop_flock(opened)
         return opened.holders
 

@@ -395,7 +395,7 @@ class SetLock(NamedTuple):
 
 
 class CancelLock(NamedTuple):
-    """The worker waits no longer for the lock that it asked for by that request: which is then answered, by EINTR or by the lock."""
+    """The worker waits no longer for the lock that it asked for by that request: which is then answered, by EAGAIN or by the lock."""
 
     request_id: int
 

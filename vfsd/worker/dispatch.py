@@ -150,7 +150,7 @@ class Dispatcher:
         ring.queue.push(request.chain.head, written)
 
     def end_lock_waits(self, ring: Ring) -> None:
-        """What waits for a lock on this ring is answered at once: EINTR, if it has not got the lock by then."""
+        """What waits for a lock on this ring is answered at once: EAGAIN, if it has not got the lock by then."""
         self._lock_waits.cancel(ring)
 
     def give_up(self, ring: Ring) -> bool:

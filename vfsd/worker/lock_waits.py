@@ -1,7 +1,7 @@
 """SETLKWs that the broker has not answered. Each keeps a place in its ring, so only a part of them may be waiting.
 
 A ring that is to be stopped cannot wait for other people's locks: the broker is told to end the waits, and answers each by
-EINTR, or by the lock if it was granted just then. Only if the broker does not answer at all is a request given up; a lock
+EAGAIN, or by the lock if it was granted just then. Only if the broker does not answer at all is a request given up; a lock
 that comes for it later is given back.
 """
 
