@@ -40,6 +40,15 @@ def permits(*errnos: int) -> Iterator[None]:
             raise
 
 
+def errno_of(operation: Callable[[], object]) -> int:
+    """What it fails with, 0 if it succeeds."""
+    try:
+        operation()
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
 def kernel_dev(st_rdev: int) -> int:
     """A device number as the kernel encodes it in 32 bits (new_encode_dev), which is what FUSE carries."""
     major, minor = os.major(st_rdev), os.minor(st_rdev)
