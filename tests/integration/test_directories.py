@@ -103,7 +103,7 @@ def test_readdirplus_gives_no_nodeid_for_dot_and_dotdot(fs):
 
 
 @pytest.mark.parametrize("size", [400, 1000, 4096])
-def test_readdirplus_counts_one_lookup_for_each_listed_entry_and_none_for_others(fs, size):
+def test_property_40_readdirplus_counts_one_lookup_for_each_listed_entry_and_none_for_others(fs, size):
     """One FORGET for each entry that was listed ends its nodeid: none was counted twice, and what did not fit was not counted."""
     fill(fs, 40)
     nodeids = [dirent.entry.nodeid for dirent in named(fs.client.list(fs.dir, size=size, plus=True)).values()]

@@ -87,20 +87,20 @@ def test_an_unknown_opcode_is_enosys(fs, opcode):
 
 
 @pytest.mark.parametrize("size", [1, 4, 8, 16, 39])
-def test_a_message_shorter_than_a_header(fs, size):
+def test_property_46_a_message_shorter_than_a_header(fs, size):
     reply = fs.client.raw(fs.client.header(abi.FUSE_GETATTR, ROOT, 0)[:size])
     assert reply is None or (reply[0] in MALFORMED and not reply[1])
 
 
 @pytest.mark.parametrize("length", [0, 1, 39, 57, 4096, 0x7FFF_FFFF, 0xFFFF_FFFF])
-def test_a_length_that_is_not_the_messages(fs, length):
+def test_property_46_a_length_that_is_not_the_messages(fs, length):
     message = fs.client.header(abi.FUSE_GETATTR, ROOT, 16) + bytes(16)
     error, _ = fs.client.raw(with_length(message, length))
     assert error in MALFORMED
 
 
 @pytest.mark.parametrize("opcode", IMPLEMENTED)
-def test_arguments_that_end_too_early(fs, opcode):
+def test_property_46_arguments_that_end_too_early(fs, opcode):
     body = IMPLEMENTED[opcode]
     for size in {0, 1, len(body) // 2, len(body) - 1} - {len(body)}:
         if opcode in (abi.FUSE_SYNCFS, abi.FUSE_GETATTR):
@@ -126,7 +126,7 @@ def test_nodeids_that_were_never_given(fs, opcode):
 
 
 @pytest.mark.parametrize("opcode", NAMED)
-def test_names_without_an_end(fs, opcode):
+def test_property_46_names_without_an_end(fs, opcode):
     body = IMPLEMENTED[opcode].rstrip(b"\0")
     assert ask(fs, opcode, body)[0] in MALFORMED
     assert ask(fs, opcode, body + b"x" * 5000)[0] in MALFORMED | {errno.ENAMETOOLONG}
@@ -217,7 +217,7 @@ def test_a_setattr_with_every_bit_and_noise(fs):
 # Requests without reply
 
 
-def test_forgets_with_broken_arguments(fs):
+def test_property_46_forgets_with_broken_arguments(fs):
     for opcode, body in (
         (abi.FUSE_FORGET, b""),
         (abi.FUSE_FORGET, bytes(7)),

@@ -267,7 +267,7 @@ def test_a_setgid_directory_gives_its_group_but_no_setgid_file_to_strangers(fs):
 # Removal
 
 
-def test_unlink_and_rmdir_remove_looked_up_and_unknown_names(fs):
+def test_property_39_unlink_and_rmdir_remove_looked_up_and_unknown_names(fs):
     for name in ("seen", "unseen"):
         fs.put(name)
         os.mkdir(fs.path(name + "-dir"))
@@ -299,7 +299,7 @@ def test_removal_errors_are_the_hosts(fs):
 # Links
 
 
-def test_hard_links_have_one_nodeid(fs):
+def test_property_41_a_link_is_to_the_inode_whatever_it_is_known_by(fs):
     path = fs.put("a", b"x")
     first = fs.lookup(b"a")
     linked = fs.client.link(first, fs.dir, b"b")
@@ -310,7 +310,7 @@ def test_hard_links_have_one_nodeid(fs):
     assert os.path.samefile(fs.path("a"), fs.path("b"))
 
 
-def test_a_symlink_is_linked_itself(fs):
+def test_property_41_a_symlink_is_linked_itself(fs):
     os.symlink("/etc/passwd", fs.path("link"))
     entry = fs.client.link(fs.lookup(b"link"), fs.dir, b"second")
     assert stat.S_ISLNK(entry.attr.mode)
@@ -353,7 +353,7 @@ def test_rename_over_replaces(fs):
     fs.client.release(old, fh)
 
 
-def test_rename_of_names_never_looked_up(fs):
+def test_property_39_rename_of_names_never_looked_up(fs):
     fs.put("a", b"1")
     fs.client.rename(fs.dir, b"a", fs.dir, b"b")
     assert os.listdir(fs.host) == ["b"]

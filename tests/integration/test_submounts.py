@@ -47,7 +47,7 @@ def submount_flags(client):
     return {path: bool(client.walk(ROOT, path).attr.flags & abi.FUSE_ATTR_SUBMOUNT) for path in paths}
 
 
-def test_a_submount_is_announced_at_its_root_only(mounted):
+def test_property_16_a_submount_is_announced_at_its_root_only(mounted):
     with mounted() as (served, sub):
         assert submount_flags(served.client) == {b"plain": False, b"plain/sub": True, b"plain/sub/dir": False, b"plain/sub/file": False}
         listed = {dirent.name: dirent for dirent in served.client.list(served.client.lookup(ROOT, b"plain").nodeid, plus=True)}
@@ -57,7 +57,7 @@ def test_a_submount_is_announced_at_its_root_only(mounted):
         assert served.client.statfs(root.nodeid).blocks == os.statvfs(sub).f_blocks
 
 
-def test_submounts_need_not_be_announced(mounted):
+def test_property_16_submounts_need_not_be_announced(mounted):
     with mounted("--no-announce-submounts") as (served, _):
         assert not any(submount_flags(served.client).values())
 

@@ -199,9 +199,12 @@ class Share:
             fd = OwnedFd(self.handles.open(inode.handle_key, flags))
         else:
             fd = OwnedFd(os.open(b"%d" % inode.fd, flags & ~os.O_NOFOLLOW, dir_fd=self.proc_self_fd))
-        if os.fstat(fd.fileno()).st_mode & 0o170000 != inode.file_type:
+        try:
+            if os.fstat(fd.fileno()).st_mode & 0o170000 != inode.file_type:
+                raise ReplyErrno(errno.EBADF)
+        except (ReplyErrno, OSError):
             fd.close()
-            raise ReplyErrno(errno.EBADF)
+            raise
         return fd
 
     def path_again(self, fd: int) -> OwnedFd:
