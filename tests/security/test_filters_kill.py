@@ -79,6 +79,12 @@ def test_control_and_workers_die_of(sandbox: Sandbox, role, what):
     assert sandbox.attempt(ROLES[role](), FATAL_WITHOUT_PRIVILEGE[what]).killed_by_filter
 
 
+@pytest.mark.parametrize("what", ["open_by_handle_at", "name_to_handle_at", "ptrace", "socket"])
+def test_property_30_a_worker_has_no_handles_no_sockets_and_no_other_process(sandbox: Sandbox, what):
+    """That the calls it has are enough is shown by every test that runs a daemon: the action is to kill."""
+    assert sandbox.attempt(worker(), (FATAL | FATAL_WITHOUT_PRIVILEGE)[what]).killed_by_filter
+
+
 @pytest.mark.parametrize("thread_count", [0, 4])
 def test_the_whole_process_dies_however_many_threads_it_has(sandbox: Sandbox, thread_count):
     assert sandbox.attempt(worker(threads=thread_count), FATAL["execve"]).killed_by_filter

@@ -112,6 +112,9 @@ class Share:
         self._reaping = threading.Lock()
         self.session = 0
         self.session_flags = 0
+        # Read-only by its mounts too (namespace mode): then a mount that is not is one that came later.
+        self._mounts_are_readonly = settings.readonly and bool(os.fstatvfs(root.fileno()).f_flag & os.ST_RDONLY)
+        self._mounts_seen: set[int] = set()
         self._insert_root()
 
     def _insert_root(self) -> None:
@@ -149,12 +152,25 @@ class Share:
             self.whereabouts.found_it()
             seen = filecalls.statx(path_fd.fileno())
             identity = self.handles.identify(path_fd.fileno(), seen)
+            if self._mounts_are_readonly and seen.mnt_id != parent.mount_id:
+                self._warn_if_writable(path_fd.fileno(), seen.mnt_id)
             nodeid = self.store.count_lookup(identity, session)
             if nodeid is None:
                 nodeid = self._insert(session, path_fd, identity)
             return Entry(nodeid, encode_attr(seen, self._attr_flags(seen, parent)))
         finally:
             path_fd.close()
+
+    def _warn_if_writable(self, path_fd: int, mount_id: int) -> None:
+        """Say once of a mount that the host made later that only the broker keeps the guest from writing to it."""
+        if mount_id in self._mounts_seen:
+            return
+        self._mounts_seen.add(mount_id)
+        if not os.fstatvfs(path_fd).f_flag & os.ST_RDONLY:
+            where = os.fsdecode(os.readlink(b"%d" % path_fd, dir_fd=self.proc_self_fd))
+            self.log.warning(
+                f"--readonly: the mount at {where!r} of the share was made later and is writable; requests to write are refused"
+            )
 
     def _insert(self, session: int, path_fd: OwnedFd, identity: Identity) -> int:
         held = identity.handle_key is not None and self.mounts.acquire(identity.mount_id, path_fd.fileno(), identity.file_type)
