@@ -1,0 +1,87 @@
+"""docs/semantics.md names every property, every operation, and tests that exist."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from vfsd.wire import fuse_abi as abi
+from vfsd.worker.opcodes import HANDLERS
+
+TESTS = Path(__file__).parents[1]
+TEXT = (TESTS.parent / "docs" / "semantics.md").read_text(encoding="utf-8")
+MEASURED = {49}  # speed is measured, not tested
+_ROW = re.compile(r"^\| (?P<first>[A-Z0-9_]+) \|(?P<rest>.*)\|$", re.MULTILINE)
+_TEST = re.compile(r"`([a-z]+/test_\w+\.py)::(test_\w+)`")
+
+# Named in the tables before the operation itself is in the tree. To be empty.
+TO_COME = {
+    "guest/test_extended_attributes.py",
+    "integration/test_acls_and_labels.py",
+    "integration/test_callers.py",
+    "integration/test_descriptor_budget.py",
+    "integration/test_locks.py",
+    "integration/test_ordinary_user.py",
+    "integration/test_xattrs.py",
+    "unit/test_server_xattrs.py",
+    "unit/test_inode_store.py::test_property_32",
+    "unit/test_inode_store.py::test_property_33",
+    "unit/test_inode_store.py::test_property_34",
+    "unit/test_inode_store.py::test_property_35",
+    "unit/test_mount_fds.py::test_property_19",
+}
+
+ROWS = {match["first"]: match["rest"] for match in _ROW.finditer(TEXT)}
+NAMED = sorted({f"{path}::{name}" for path, name in _TEST.findall(TEXT)})
+
+
+@cache
+def functions_of(path):
+    tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def exists(test):
+    path, _, name = test.partition("::")
+    return (TESTS / path).exists() and name in functions_of(path)
+
+
+def is_to_come(test):
+    return any(test.startswith(prefix) for prefix in TO_COME)
+
+
+def test_every_test_that_is_named_exists():
+    assert [test for test in NAMED if not exists(test) and not is_to_come(test)] == []
+
+
+def test_nothing_is_to_come_that_is_there():
+    assert [prefix for prefix in TO_COME if all(exists(test) for test in NAMED if test.startswith(prefix))] == []
+
+
+def test_every_property_is_in_the_table():
+    assert [number for number in range(1, 51) if str(number) not in ROWS] == []
+
+
+@pytest.mark.parametrize("number", sorted(set(range(1, 51)) - MEASURED))
+def test_every_property_has_a_test(number):
+    assert _TEST.search(ROWS[str(number)])
+
+
+def test_every_test_of_a_property_is_in_its_row():
+    """Also the other way round: a test that is named after a property is found there."""
+    for path in sorted(TESTS.rglob("test_*.py")):
+        for name in functions_of(str(path.relative_to(TESTS))):
+            match = re.match(r"test_property_(\d+)_", name)
+            if match:
+                assert f"{path.relative_to(TESTS)}::{name}" in ROWS[str(int(match[1]))], name
+
+
+def test_every_operation_is_in_the_table_and_has_a_test():
+    operations = {name.removeprefix("FUSE_") for name, value in vars(abi).items() if name.startswith("FUSE_") and value in HANDLERS}
+    names = {opcode: [name for name in operations if getattr(abi, f"FUSE_{name}") == opcode] for opcode in HANDLERS}
+    for opcode, candidates in names.items():
+        rows = [ROWS[name] for name in candidates if name in ROWS]
+        assert rows, f"opcode {opcode}: {candidates}"
+        assert all(_TEST.search(row) for row in rows)
