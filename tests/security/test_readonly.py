@@ -34,7 +34,7 @@ WORST = {
     wire.FAllocate: [{"length": 1 << 20}, {"mode": 3, "length": 4096}],
     wire.Access: [{"mask": 2}],
     wire.Ioctl: [{"command": command, "argument": bytes(filecalls.IOCTL_BYTES[command])} for command in filecalls.IOCTLS_THAT_WRITE],
-    wire.SetLock: [{"kind": 1}, {"kind": 1, "flock": 1}],
+    wire.SetLock: [{"kind": 1, "flock": 1}],
 }
 # Refused by what they ask for, not by their row: what else they can ask for is harmless.
 REFUSED_BY_FIELDS = {wire.Open, wire.Access, wire.Ioctl}

@@ -7,7 +7,7 @@ from typing import Any
 from vfsd.wire import broker_messages as wire
 
 
-def sample(kind: type[Any], **known: Any) -> Any:
+def sample(kind: type[Any], /, **known: Any) -> Any:
     """A message that the table allows: fields are taken from `known` by name, the others are as small as they may be."""
     spec = wire.SPEC_OF[kind]
     return kind(*(known.get(name, _least(field)) for name, field in zip(kind._fields, spec.fields, strict=True)))

@@ -272,7 +272,9 @@ def test_property_29_a_nodeid_that_was_never_given_names_nothing(serve, tmp_path
     bench, worker = serve("mandatory")
     known = worker.lookup(b"file")
     for forged in (0, known + 1, known + (1 << 24), known ^ (1 << 63), (tmp_path / "file").stat().st_ino << 24, 2**64 - 1):
-        message = sample(kind, nodeid=forged, parent=forged, new_parent=forged, names=[b"x"], name=b"x", new_name=b"y", fh=1, mask=4)
+        message = sample(
+            kind, nodeid=forged, parent=forged, new_parent=forged, names=[b"x"], name=b"x", new_name=b"y", fh=1, mask=4, flock=1
+        )
         if wire.SPEC_OF[kind].reply is None:
             worker.send(message)
             bench.pump()
