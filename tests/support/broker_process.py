@@ -6,7 +6,6 @@ import os
 import select
 import socket
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -17,7 +16,6 @@ from vfsd.cli import parse_options
 from vfsd.fds import OwnedFd
 from vfsd.log import TRACE, StderrLog
 from vfsd.roles import make_roles
-from vfsd.sandbox.namespaces import spawn_pid_namespace
 from vfsd.wire import broker_messages as wire
 from vfsd.wire.channel import BROKER_TO_SUPERVISOR, AddWorker, Log, Ready
 
@@ -43,7 +41,7 @@ class BrokerProcess:
         self._child = Child(
             "broker", "vfsd.broker", BROKER_TO_SUPERVISOR, roles.broker,
             pass_fds=(self._pidfd.fileno(),), log=StderrLog(TRACE),
-            namespace=spawn_pid_namespace() if options.sandbox == "namespace" else nullcontext(),
+            pid_namespace=options.sandbox == "namespace",
         )  # fmt: skip
         self.pid = self._child.pid
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

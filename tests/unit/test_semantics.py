@@ -21,16 +21,9 @@ TO_COME = {
     "guest/test_extended_attributes.py",
     "integration/test_acls_and_labels.py",
     "integration/test_callers.py",
-    "integration/test_descriptor_budget.py",
     "integration/test_locks.py",
-    "integration/test_ordinary_user.py",
     "integration/test_xattrs.py",
     "unit/test_server_xattrs.py",
-    "unit/test_inode_store.py::test_property_32",
-    "unit/test_inode_store.py::test_property_33",
-    "unit/test_inode_store.py::test_property_34",
-    "unit/test_inode_store.py::test_property_35",
-    "unit/test_mount_fds.py::test_property_19",
 }
 
 ROWS = {match["first"]: match["rest"] for match in _ROW.finditer(TEXT)}
