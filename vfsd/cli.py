@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import vfsd
+from vfsd.broker.xattr_map import parse as parse_xattr_map
 from vfsd.config import MAX_REQUEST_QUEUES, MAX_TAG_BYTES, Features, HandleMode, Options
 from vfsd.errors import ConfigError
 from vfsd.log import ERROR, LEVELS, StderrLog
@@ -67,6 +68,15 @@ def _id_map(parser: argparse.ArgumentParser, option: str, ranges: Sequence[IdRan
         first, second = ("".join(f":{number}" for number in each) + ":" for each in overlap)
         parser.error(f"argument {option}: {first} and {second} map an id twice, inside or outside; give ranges that do not overlap")
     return tuple(ranges)
+
+
+def _xattrmap(text: str) -> str:
+    """Checked here, so that the fault is shown at once; the broker reads it again."""
+    try:
+        parse_xattr_map(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -133,7 +143,10 @@ def _add_feature_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what the guest may do with it")
     group.add_argument("--xattr", action=argparse.BooleanOptionalAction, default=False, help="extended attributes (default: off)")
     group.add_argument(
-        "--xattrmap", metavar="RULES", help="keep the guest's extended attributes under other names, by these rules; implies --xattr"
+        "--xattrmap",
+        type=_xattrmap,
+        metavar="RULES",
+        help="keep the guest's extended attributes under other names, by these rules; implies --xattr",
     )
     group.add_argument(
         "--posix-acl", nargs="?", const="on", default="off", choices=("auto", "on"), metavar="auto",
@@ -248,6 +261,7 @@ def _features(found: argparse.Namespace) -> Features:
         readdirplus=found.readdirplus,
         writeback=found.writeback,
         allow_mmap=found.allow_mmap,
+        capability_remapped=found.xattrmap is not None and parse_xattr_map(found.xattrmap).remaps_capability,
     )
 
 

@@ -42,6 +42,7 @@ class Features:
     readdirplus: bool = True
     writeback: bool = False
     allow_mmap: bool = False
+    capability_remapped: bool = False  # --xattrmap hides file capabilities from the host's kernel: a write must be told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,7 @@ class BrokerConfig(RoleConfig):
     readonly: bool
     inode_file_handles: HandleMode
     announce_submounts: bool
+    xattr: bool
     posix_acl: bool
     xattrmap: str | None
     allow_direct_io: bool

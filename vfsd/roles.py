@@ -56,6 +56,7 @@ class Roles:
             readonly=options.readonly,
             inode_file_handles=options.inode_file_handles,
             announce_submounts=options.announce_submounts,
+            xattr=options.features.xattr,
             posix_acl=options.features.posix_acl != "off",
             xattrmap=options.xattrmap,
             allow_direct_io=options.allow_direct_io,

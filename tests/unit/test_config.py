@@ -27,6 +27,7 @@ CONFIGS = [
         readonly=True,
         inode_file_handles="prefer",
         announce_submounts=False,
+        xattr=True,
         posix_acl=True,
         xattrmap=":map::user.:",
         allow_direct_io=True,

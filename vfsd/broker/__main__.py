@@ -56,7 +56,7 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
     def start_threads() -> None:
         closer.start()
         reaper.start()
-        pool.start(_own_umask)
+        pool.start(lambda: _prepare_thread(root.proc_self_fd.fileno()))
 
     lock_down(config.confinement, start_threads=start_threads)
     path_fds = min(_PATH_FDS_MOST, config.nofile // _PATH_FDS_SHARE)
@@ -66,6 +66,7 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
         config.announce_submounts,
         path_fds,
         config.nofile - min(_OWN_FDS, config.nofile // 2) - path_fds,
+        xattr=config.xattr,
         posix_acl=config.posix_acl,
         xattrmap=config.xattrmap,
         allow_direct_io=config.allow_direct_io,
@@ -81,9 +82,10 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
     watchdog.watch(pool)
 
 
-def _own_umask() -> None:
-    """Give this thread a working directory and umask of its own."""
+def _prepare_thread(proc_self_fd: int) -> None:
+    """Give this thread a umask of its own, and /proc/self/fd as its working directory: see xattrs.py. No other call uses that."""
     syscalls.unshare(syscalls.CLONE_FS)
+    os.fchdir(proc_self_fd)
 
 
 def _credentials(config: BrokerConfig, log: ChildLog) -> Credentials:

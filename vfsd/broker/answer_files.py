@@ -12,7 +12,9 @@ from vfsd.broker.answer_names import check_name, look_up
 from vfsd.broker.answers import NOTHING, Answer, Call, Granted
 from vfsd.broker.credentials import caller_of
 from vfsd.broker.inode_store import Pin
+from vfsd.broker.new_files import NewFile
 from vfsd.broker.share import Entry, Share
+from vfsd.broker.xattrs import Label, drop_remapped_capability, label_of
 from vfsd.errors import ReplyErrno
 from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
@@ -21,7 +23,6 @@ from vfsd.wire.broker_messages import TRAIT_FLUSH, Create, FAllocate, Fetch, Flu
 _REFUSED_FLAGS = os.O_CREAT | (os.O_TMPFILE & ~os.O_DIRECTORY)
 _READ_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _UNNAMED_FILE = os.O_TMPFILE | os.O_CLOEXEC
-_NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # linux/falloc.h, without NO_HIDE_STALE (4), which no file system has: as the filter allows it.
 _KEEP_SIZE, _PUNCH_HOLE, _COLLAPSE_RANGE, _ZERO_RANGE, _INSERT_RANGE, _UNSHARE_RANGE = 1, 2, 8, 16, 32, 64
 _FALLOCATE_MODES = _KEEP_SIZE | _PUNCH_HOLE | _COLLAPSE_RANGE | _ZERO_RANGE | _INSERT_RANGE | _UNSHARE_RANGE
@@ -38,6 +39,9 @@ def _open_existing(share: Share, call: Call, inode: Pin, flags: int) -> Answer:
     _refuse_writing(share, flags)
     if inode.is_directory and flags & os.O_ACCMODE != os.O_RDONLY:
         raise ReplyErrno(errno.EISDIR)
+    if flags & os.O_TRUNC:
+        with share.path_of(inode) as path:
+            drop_remapped_capability(share, path.fd)
     return _keep(share, call, inode, share.open_inode(inode, flags & share.settings.open_flags))
 
 
@@ -83,10 +87,11 @@ def answer_create(share: Share, call: Call, message: Create) -> Answer:
 
 def _create(share: Share, parent: Pin, message: Create) -> OwnedFd | None:
     """The new file's descriptor, None if the name exists and may."""
-    flags = message.flags & share.settings.open_flags & ~os.O_TRUNC | _NEW_FILE
+    flags = message.flags & share.settings.open_flags & ~os.O_TRUNC
+    label = label_of(share, message)
     try:
-        with share.path_of(parent) as directory, share.credentials.of_caller(caller_of(message)):
-            return OwnedFd(os.open(message.name, flags, message.mode & 0o7777, dir_fd=directory.fd))
+        with share.path_of(parent) as directory:
+            return NewFile(share, directory, message.name, message.mode & 0o7777, caller_of(message), label).open(flags)
     except FileExistsError:
         if message.flags & os.O_EXCL:
             raise
@@ -98,15 +103,18 @@ def answer_tmpfile(share: Share, call: Call, message: TmpFile) -> Answer:
     if message.flags & os.O_ACCMODE == os.O_RDONLY:
         raise ReplyErrno(errno.EINVAL)
     flags = message.flags & (share.settings.open_flags | os.O_EXCL) & ~os.O_TRUNC | _UNNAMED_FILE
+    label = label_of(share, message)
     with share.store.pin(message.parent, call.session) as parent:
         with share.path_of(parent) as directory, share.credentials.of_caller(caller_of(message)):
             made = OwnedFd(os.open(b".", flags, message.mode & 0o7777, dir_fd=directory.fd))
-        return _adopt_created(share, call, parent, made)
+        return _adopt_created(share, call, parent, made, label)
 
 
-def _adopt_created(share: Share, call: Call, parent: Pin, made: OwnedFd) -> Answer:
-    """Make a new, open file known to the guest, as an inode and as an open file. Takes over `made`."""
+def _adopt_created(share: Share, call: Call, parent: Pin, made: OwnedFd, label: Label | None = None) -> Answer:
+    """Make a new, open file known to the guest, as an inode and as an open file, labelled first. Takes over `made`."""
     with made:
+        if label is not None:
+            label.put(made.fileno())
         entry = share.adopt(call.session, share.path_again(made.fileno()), parent)
         return _created(share, call, entry, made)
 

@@ -9,6 +9,7 @@ from vfsd.broker.answers import NOTHING, Answer, Call, Granted
 from vfsd.broker.inode_store import Pin
 from vfsd.broker.path_fds import PathFd
 from vfsd.broker.share import Share, encode_attr, encode_statx
+from vfsd.broker.xattrs import drop_remapped_capability
 from vfsd.errors import ReplyErrno
 from vfsd.sandbox import filecalls
 from vfsd.sandbox.filecalls import UTIME_NOW, UTIME_OMIT
@@ -43,8 +44,10 @@ def answer_setattr(share: Share, call: Call, message: SetAttr) -> Answer:
         if message.valid & (attr.SET_UID | attr.SET_GID):
             uid = message.uid if message.valid & attr.SET_UID else _KEEP
             gid = message.gid if message.valid & attr.SET_GID else _KEEP
+            drop_remapped_capability(share, path.fd)
             _change_owner(path.fd, uid, gid)
         if message.valid & attr.SET_SIZE:
+            drop_remapped_capability(share, path.fd)
             _set_size(share, call, inode, message)
         times = _times(message)
         if times is not None:

@@ -13,8 +13,10 @@ import stat
 from vfsd.broker.answers import NOTHING, Answer, Call
 from vfsd.broker.credentials import caller_of
 from vfsd.broker.inode_store import ROOT_NODEID, Pin
+from vfsd.broker.new_files import NewFile, label_by_name
 from vfsd.broker.path_fds import PathFd
 from vfsd.broker.share import Entry, Share
+from vfsd.broker.xattrs import label_of
 from vfsd.errors import ReplyErrno
 from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
@@ -22,7 +24,6 @@ from vfsd.wire.attr import decode_rdev
 from vfsd.wire.broker_messages import Link, Lookup, LookupMany, MkDir, MkNod, Rename, RmDir, SymLink, Unlink
 
 _AS_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PERMISSIONS = 0o7777
 _RENAME_FLAGS = 1 | 2 | 4  # RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT
 
@@ -78,25 +79,33 @@ def _look_up_in(share: Share, call: Call, parent: Pin, directory: PathFd, name: 
 
 def answer_mkdir(share: Share, call: Call, message: MkDir) -> Answer:
     check_name(message.name)
+    label = label_of(share, message)
     with share.store.pin(message.parent, call.session) as parent, share.path_of(parent) as directory:
         with share.credentials.of_caller(caller_of(message)):
             os.mkdir(message.name, message.mode & _PERMISSIONS, dir_fd=directory.fd)
+        if label is not None:
+            label_by_name(directory, message.name, label, os.rmdir)
         return Answer([*_look_up_in(share, call, parent, directory, message.name)])
 
 
 def answer_mknod(share: Share, call: Call, message: MkNod) -> Answer:
     check_name(message.name)
+    label = label_of(share, message)
     with share.store.pin(message.parent, call.session) as parent, share.path_of(parent) as directory:
+        if stat.S_IFMT(message.mode) in (stat.S_IFREG, 0):
+            file = NewFile(share, directory, message.name, message.mode & _PERMISSIONS, caller_of(message), label)
+            with file.open(os.O_WRONLY) as made:
+                return Answer([*share.adopt(call.session, share.path_again(made.fileno()), parent)])
         with share.credentials.of_caller(caller_of(message)):
             _make_node(directory, message)
+        if label is not None:
+            label_by_name(directory, message.name, label, os.unlink)
         return Answer([*_look_up_in(share, call, parent, directory, message.name)])
 
 
 def _make_node(directory: PathFd, message: MkNod) -> None:
     kind = stat.S_IFMT(message.mode)
-    if kind in (stat.S_IFREG, 0):
-        os.close(os.open(message.name, _NEW_FILE, message.mode & _PERMISSIONS, dir_fd=directory.fd))
-    elif kind in (stat.S_IFIFO, stat.S_IFSOCK):
+    if kind in (stat.S_IFIFO, stat.S_IFSOCK):
         os.mknod(message.name, message.mode, 0, dir_fd=directory.fd)
     elif kind in (stat.S_IFCHR, stat.S_IFBLK):
         os.mknod(message.name, message.mode, os.makedev(*decode_rdev(message.rdev)), dir_fd=directory.fd)
@@ -108,9 +117,12 @@ def answer_symlink(share: Share, call: Call, message: SymLink) -> Answer:
     check_name(message.name)
     if b"\0" in message.target:
         raise ReplyErrno(errno.EINVAL)
+    label = label_of(share, message)
     with share.store.pin(message.parent, call.session) as parent, share.path_of(parent) as directory:
         with share.credentials.of_caller(caller_of(message)):
             os.symlink(message.target, message.name, dir_fd=directory.fd)
+        if label is not None:
+            label_by_name(directory, message.name, label, os.unlink)
         return Answer([*_look_up_in(share, call, parent, directory, message.name)])
 
 

@@ -13,6 +13,7 @@ from vfsd.broker import answer_files as files
 from vfsd.broker import answer_inodes as inodes
 from vfsd.broker import answer_locks as locks
 from vfsd.broker import answer_names as names
+from vfsd.broker import answer_xattrs as xattrs
 from vfsd.broker.answers import Answer, Call
 from vfsd.broker.share import Share
 from vfsd.wire import broker_messages as messages
@@ -54,5 +55,9 @@ HANDLERS: dict[type[Any], Row] = {
     messages.StatX: Row(inodes.answer_statx, writes=False),
     messages.GetLock: Row(locks.answer_getlock, writes=False),
     messages.SetLock: Row(locks.answer_setlock, writes=False),  # a lock changes nothing in the file
+    messages.GetXattr: Row(xattrs.answer_getxattr, writes=False),
+    messages.SetXattr: Row(xattrs.answer_setxattr, writes=True),
+    messages.ListXattr: Row(xattrs.answer_listxattr, writes=False),
+    messages.RemoveXattr: Row(xattrs.answer_removexattr, writes=True),
     messages.Ioctl: Row(files.answer_ioctl, writes=False),  # by its command
 }

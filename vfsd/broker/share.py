@@ -23,6 +23,7 @@ from vfsd.broker.open_files import OpenFiles
 from vfsd.broker.path_fds import PathFd, PathFds
 from vfsd.broker.traits import Traits
 from vfsd.broker.whereabouts import Whereabouts
+from vfsd.broker.xattr_map import parse as parse_xattr_map
 from vfsd.errors import ReplyErrno
 from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
@@ -51,6 +52,7 @@ class Settings(NamedTuple):
     announce_submounts: bool
     path_fd_budget: int
     most_guest_fds: int  # descriptors that a guest may make the broker hold: open files, and inodes without a handle
+    xattr: bool = False
     posix_acl: bool = False
     xattrmap: str | None = None
     allow_direct_io: bool = False
@@ -110,6 +112,7 @@ class Share:
         self.whereabouts = whereabouts
         self._wake_reaper = wake_reaper
         self._reaping = threading.Lock()
+        self.xattr_map = None if settings.xattrmap is None else parse_xattr_map(settings.xattrmap)
         self.session = 0
         self.session_flags = 0
         # Read-only by its mounts too (namespace mode): then a mount that is not is one that came later.

@@ -280,6 +280,8 @@ class TmpFile(NamedTuple):
     gid: int
     umask: int = 0
     groups: Sequence[int] = ()
+    label_name: bytes = b""
+    label: bytes = b""
 
 
 class Release(NamedTuple):
@@ -501,7 +503,7 @@ REQUESTS = (
     Spec(31, FAllocate, (U64, U64, U32, OFFSET, OFFSET, BOOL), (), 0, in_session=True, resembles="fallocate"),
     Spec(32, Access, (U64, U32, U32, U32), (), 0, in_session=True, resembles="faccessat, by mode bits"),
     Spec(33, SyncFs, (U64,), (), 0, in_session=True, resembles="syncfs"),
-    Spec(34, TmpFile, (U64, U32, MODE, *_CALLER), _ENTRY + _OPENED, 1, in_session=True, resembles="openat(O_TMPFILE)"),
+    Spec(34, TmpFile, (U64, U32, MODE, *_CALLER, *_LABEL), _ENTRY + _OPENED, 1, in_session=True, resembles="openat(O_TMPFILE)"),
     Spec(35, AfterWrite, (U64, U64, MODE), (), 0, in_session=True, resembles="fchmod"),
     Spec(36, StatX, (U64,), (STATX_RECORD,), 0, in_session=True, resembles="statx"),
     Spec(37, GetXattr, (U64, NAME), (XATTR_VALUE,), 0, in_session=True, resembles="getxattr(/proc/self/fd)"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vfsd.wire import fuse_abi as abi
-from vfsd.worker import ops_dirs, ops_files, ops_inodes, ops_locks, ops_names, ops_session
+from vfsd.worker import ops_dirs, ops_files, ops_inodes, ops_locks, ops_names, ops_session, ops_xattrs
 from vfsd.worker.file_system import Handler
 
 HANDLERS: dict[int, Handler] = {
@@ -34,6 +34,10 @@ HANDLERS: dict[int, Handler] = {
     abi.FUSE_ACCESS: ops_inodes.access,
     abi.FUSE_CREATE: ops_names.create,
     abi.FUSE_TMPFILE: ops_names.tmpfile,
+    abi.FUSE_GETXATTR: ops_xattrs.getxattr,
+    abi.FUSE_SETXATTR: ops_xattrs.setxattr,
+    abi.FUSE_LISTXATTR: ops_xattrs.listxattr,
+    abi.FUSE_REMOVEXATTR: ops_xattrs.removexattr,
     abi.FUSE_STATX: ops_inodes.statx,
     abi.FUSE_IOCTL: ops_files.ioctl,
     abi.FUSE_GETLK: ops_locks.getlk,

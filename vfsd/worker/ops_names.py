@@ -89,7 +89,7 @@ def tmpfile(fs: FileSystem, request: Request) -> Waiting:
     """The name that comes with it is the directory's own: the file has none."""
     flags, mode, umask, _open_flags = abi.fuse_create_in.unpack_from(request.arguments(abi.fuse_create_in.size))
     made = decode_creation(fs, request, abi.fuse_create_in.size, 1, mode=mode, umask=umask)
-    given: Given = yield wire.TmpFile(request.nodeid, host_open_flags(fs, flags), made.mode, *made.maker)
+    given: Given = yield wire.TmpFile(request.nodeid, host_open_flags(fs, flags), made.mode, *made.maker, *made.label)
     return _created(fs, given)
 
 
