@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from tests.support.broker import Bench, RecordingLog
+from vfsd.config import Features
 from vfsd.fds import OwnedFd, TempFd
 from vfsd.wire import broker_messages as wire
 from vfsd.wire import fuse_abi as abi
@@ -125,10 +126,13 @@ class Reply(NamedTuple):
     body: bytes
 
 
+_FEATURES = Features()
+
+
 class Worker:
     """`call` runs one request to its end."""
 
-    def __init__(self, bench: Bench, *, index: int = 0, cache: str = "auto", most_files: int = 64) -> None:
+    def __init__(self, bench: Bench, *, index: int = 0, cache: str = "auto", most_files: int = 64, features: Features = _FEATURES) -> None:
         self.bench = bench
         self.log = RecordingLog()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -136,7 +140,7 @@ class Worker:
         self.broker = BrokerClient(OwnedFd(ours.detach()))
         self.pool = EndingIoPool()
         self.pool.start()
-        self.fs = FileSystem(self.broker, CACHE_POLICIES[cache], self.log, self.pool, most_files)
+        self.fs = FileSystem(self.broker, CACHE_POLICIES[cache], self.log, self.pool, most_files, features)
         self.dispatcher = Dispatcher(self.fs, self.pool)
         self.queue = Queue()
         self.ring = Ring(self.queue, None, None, None)

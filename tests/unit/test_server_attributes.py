@@ -126,6 +126,7 @@ def test_a_read_only_share_refuses_whatever_writes(tmp_path, handles):
         changed(file, attr.SET_MODE), changed(file, 0), wire.Link(file, ROOT_NODEID, b"x"), wire.FAllocate(file, fh, 0, 0, 1),
         wire.Open(file, os.O_WRONLY), wire.Open(file, os.O_RDWR), wire.Open(file, os.O_RDONLY | os.O_TRUNC), wire.Open(file, os.O_ACCMODE),
         wire.Access(file, 2, *ME), wire.TmpFile(ROOT_NODEID, os.O_RDWR, 0o600, *ME),
+        wire.SetXattr(file, b"user.x", b"", 0, 0), wire.RemoveXattr(file, b"user.x"),
         wire.Ioctl(file, fh, filecalls.FS_IOC_SETFLAGS, bytes(4)), wire.Ioctl(file, fh, filecalls.FS_IOC_FSSETXATTR, bytes(28)),
     ]  # fmt: skip
     covered = {type(message) for message in writing}

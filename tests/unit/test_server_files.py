@@ -10,6 +10,7 @@ import pytest
 from tests.support.broker import Bench
 from vfsd.broker import answer_files
 from vfsd.broker.inode_store import ROOT_NODEID
+from vfsd.broker.new_files import NEW_FILE
 from vfsd.broker.share import Settings
 from vfsd.sandbox import filecalls
 from vfsd.sandbox.seccomp import load_policy
@@ -286,7 +287,7 @@ def test_the_filter_allows_every_flag_that_a_worker_may_open_with():
         flags = every_flag & ~os.O_ACCMODE | access | own
         assert policy.verdict("openat", (3, 0, flags, 0, 0, 0), "x86_64") == "allow"
         assert policy.verdict("open_by_handle_at", (3, 0, flags, 0, 0, 0), "x86_64") == "allow"
-        assert policy.verdict("openat", (3, 0, flags | answer_files._NEW_FILE, 0o7777, 0, 0), "x86_64") == "allow"
+        assert policy.verdict("openat", (3, 0, flags | NEW_FILE, 0o7777, 0, 0), "x86_64") == "allow"
 
 
 def test_open_files_are_budgeted_and_room_comes_back(request, tmp_path):

@@ -21,7 +21,7 @@ from vfsd.broker.xattrs import Label
 from vfsd.errors import ReplyErrno
 from vfsd.fds import OwnedFd
 
-_NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _AS_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 # EOPNOTSUPP is said by what has no O_TMPFILE, EISDIR by what does not know the flag (it contains O_DIRECTORY).
 _NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR)
@@ -41,7 +41,7 @@ class NewFile:
     def open(self, flags: int) -> OwnedFd:
         """Make it; a descriptor with these flags. FileExistsError if the name is taken."""
         if self._label is None:
-            return self._make(self._name, flags | _NEW)
+            return self._make(self._name, flags | NEW_FILE)
         try:
             # An unnamed file must be writable.
             made = self._make(b".", flags & ~os.O_ACCMODE | os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC)
@@ -68,7 +68,7 @@ class NewFile:
         return OwnedFd(os.open(b"%d" % made.fileno(), flags | os.O_CLOEXEC, dir_fd=self._share.proc_self_fd))
 
     def _label_named(self, flags: int, label: Label) -> OwnedFd:
-        made = self._make(self._name, flags | _NEW)
+        made = self._make(self._name, flags | NEW_FILE)
         try:
             label.put(made.fileno())
         except (ReplyErrno, OSError):
