@@ -13,10 +13,6 @@ from vfsd.wire import fuse_abi as abi
 
 # Opcodes that a guest may send and that this version answers with ENOSYS: the guest's kernel then does without.
 NOT_THERE = {
-    abi.FUSE_SETXATTR,
-    abi.FUSE_GETXATTR,
-    abi.FUSE_LISTXATTR,
-    abi.FUSE_REMOVEXATTR,
     abi.FUSE_BMAP,
     abi.FUSE_POLL,
     abi.FUSE_SETUPMAPPING,

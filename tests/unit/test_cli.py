@@ -50,6 +50,31 @@ def test_deprecated_and_alias_spellings():
     assert parse_options([*MINIMAL, "--announce-submounts"]).announce_submounts
 
 
+@pytest.mark.parametrize(
+    ("argv", "xattr", "posix_acl", "security_label", "remapped"),
+    [
+        ([], False, "off", "off", False),
+        (["--xattr"], True, "off", "off", False),
+        (["--posix-acl"], True, "on", "off", False),
+        (["--posix-acl=auto"], True, "auto", "off", False),
+        (["--security-label"], True, "off", "on", False),
+        (["--security-label", "auto"], True, "off", "auto", False),
+        (["--xattrmap=:ok:all:::"], True, "off", "off", False),
+        (["--xattrmap=:map::user.virtiofs.:"], True, "off", "off", True),
+    ],
+)
+def test_extended_attributes_come_with_what_needs_them(argv, xattr, posix_acl, security_label, remapped):
+    features = parse_options([*MINIMAL, *argv]).features
+    assert (features.xattr, features.posix_acl, features.security_label) == (xattr, posix_acl, security_label)
+    assert features.capability_remapped == remapped
+
+
+def test_a_mistake_in_the_rules_for_names_is_shown(capsys):
+    error = refused(capsys, *MINIMAL, "--xattrmap=:ok:all::: :oops:all:::")
+    assert "argument --xattrmap: at character 13: 'oops' is no type" in error
+    assert ": >>>here>>> oops:all:::" in error
+
+
 def test_names_need_not_be_utf8():
     assert parse_options(["--shared-dir", os.fsdecode(b"/s\xff"), "--fd=3"]).shared_dir == b"/s\xff"
 

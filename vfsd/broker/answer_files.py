@@ -176,6 +176,7 @@ def answer_fallocate(share: Share, call: Call, message: FAllocate) -> Answer:
     if message.mode & ~_FALLOCATE_MODES:
         raise ReplyErrno(errno.EOPNOTSUPP)
     with share.files.pin(message.nodeid, message.fh, call.session) as opened:
+        drop_remapped_capability(share, opened.fd.fileno())
         filecalls.fallocate(opened.fd.fileno(), message.mode, message.offset, message.length)
     return NOTHING
 

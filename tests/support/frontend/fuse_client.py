@@ -147,14 +147,14 @@ class FuseClient(FuseSession):
     def readlink(self, nodeid: int) -> bytes:
         return self.request(abi.FUSE_READLINK, nodeid, b"", 4096)
 
-    def symlink(self, parent: int, name: bytes, target: bytes) -> Entry:
-        return self._entry(abi.FUSE_SYMLINK, parent, _name(name, target))
+    def symlink(self, parent: int, name: bytes, target: bytes, *, extensions: bytes = b"") -> Entry:
+        return self._entry(abi.FUSE_SYMLINK, parent, _name(name, target) + extensions)
 
-    def mknod(self, parent: int, name: bytes, mode: int, *, rdev: int = 0, umask: int = 0) -> Entry:
-        return self._entry(abi.FUSE_MKNOD, parent, abi.fuse_mknod_in.pack(mode, rdev, umask) + _name(name))
+    def mknod(self, parent: int, name: bytes, mode: int, *, rdev: int = 0, umask: int = 0, extensions: bytes = b"") -> Entry:
+        return self._entry(abi.FUSE_MKNOD, parent, abi.fuse_mknod_in.pack(mode, rdev, umask) + _name(name) + extensions)
 
-    def mkdir(self, parent: int, name: bytes, mode: int = 0o755, *, umask: int = 0) -> Entry:
-        return self._entry(abi.FUSE_MKDIR, parent, abi.fuse_mkdir_in.pack(mode, umask) + _name(name))
+    def mkdir(self, parent: int, name: bytes, mode: int = 0o755, *, umask: int = 0, extensions: bytes = b"") -> Entry:
+        return self._entry(abi.FUSE_MKDIR, parent, abi.fuse_mkdir_in.pack(mode, umask) + _name(name) + extensions)
 
     def link(self, nodeid: int, newparent: int, newname: bytes) -> Entry:
         return self._entry(abi.FUSE_LINK, newparent, abi.fuse_link_in.pack(nodeid) + _name(newname))
@@ -171,19 +171,50 @@ class FuseClient(FuseSession):
     def rename2(self, parent: int, name: bytes, newparent: int, newname: bytes, flags: int = 0) -> None:
         self.request(abi.FUSE_RENAME2, parent, abi.fuse_rename2_in.pack(newparent, flags) + _name(name, newname))
 
-    def create(self, parent: int, name: bytes, mode: int = 0o644, flags: int = os.O_RDWR, *, umask: int = 0) -> tuple[Entry, Opened]:
-        body = abi.fuse_create_in.pack(flags, mode, umask, 0) + _name(name)
+    def create(
+        self, parent: int, name: bytes, mode: int = 0o644, flags: int = os.O_RDWR, *, umask: int = 0, extensions: bytes = b""
+    ) -> tuple[Entry, Opened]:
+        body = abi.fuse_create_in.pack(flags, mode, umask, 0) + _name(name) + extensions
         reply = self.request(abi.FUSE_CREATE, parent, body, abi.fuse_entry_out.size + abi.fuse_open_out.size)
         return Entry.decode(reply[: abi.fuse_entry_out.size]), Opened(*abi.fuse_open_out.unpack(reply[abi.fuse_entry_out.size :]))
 
-    def tmpfile(self, parent: int, mode: int = 0o644, flags: int = os.O_RDWR, *, umask: int = 0) -> tuple[Entry, Opened]:
+    def tmpfile(
+        self, parent: int, mode: int = 0o644, flags: int = os.O_RDWR, *, umask: int = 0, extensions: bytes = b""
+    ) -> tuple[Entry, Opened]:
         """Linux sends the directory's dentry name along."""
-        body = abi.fuse_create_in.pack(flags, mode, umask, 0) + _name(b"#1")
+        body = abi.fuse_create_in.pack(flags, mode, umask, 0) + _name(b"#1") + extensions
         reply = self.request(abi.FUSE_TMPFILE, parent, body, abi.fuse_entry_out.size + abi.fuse_open_out.size)
         return Entry.decode(reply[: abi.fuse_entry_out.size]), Opened(*abi.fuse_open_out.unpack(reply[abi.fuse_entry_out.size :]))
 
     def _entry(self, opcode: int, nodeid: int, body: bytes) -> Entry:
         return Entry.decode(self.request(opcode, nodeid, body, abi.fuse_entry_out.size))
+
+    # Extended attributes
+
+    def getxattr(self, nodeid: int, name: bytes, size: int = 4096) -> bytes:
+        return self.request(abi.FUSE_GETXATTR, nodeid, abi.fuse_getxattr_in.pack(size) + _name(name), size)
+
+    def listxattr(self, nodeid: int, size: int = 4096) -> set[bytes]:
+        """Names, of which none may be there twice."""
+        names = self.request(abi.FUSE_LISTXATTR, nodeid, abi.fuse_getxattr_in.pack(size), size).split(b"\0")
+        if names.pop() or len(names) != len(set(names)):
+            raise ProtocolViolation(f"not a list of names: {names}")
+        return set(names)
+
+    def xattr_bytes(self, nodeid: int, name: bytes | None = None) -> int:
+        """The length of a value, or of the list of names: an answer to size 0."""
+        body = abi.fuse_getxattr_in.pack(0) + (b"" if name is None else _name(name))
+        reply = self.request(abi.FUSE_LISTXATTR if name is None else abi.FUSE_GETXATTR, nodeid, body, abi.fuse_getxattr_out.size)
+        return int(abi.fuse_getxattr_out.unpack(reply)[0])
+
+    def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int = 0, *, own_flags: int | None = None) -> None:
+        """`own_flags`: FUSE_SETXATTR_*, in a session that agreed on FUSE_SETXATTR_EXT; None: the header of one that has not."""
+        head = abi.fuse_setxattr_in.pack(len(value), flags, own_flags or 0)
+        head = head[: abi.FUSE_COMPAT_SETXATTR_IN_SIZE] if own_flags is None else head
+        self.request(abi.FUSE_SETXATTR, nodeid, head + _name(name) + value)
+
+    def removexattr(self, nodeid: int, name: bytes) -> None:
+        self.request(abi.FUSE_REMOVEXATTR, nodeid, _name(name))
 
     # Open files
 
