@@ -2,8 +2,8 @@
 
 A regular file is made without a name (O_TMPFILE), labelled, and then linked: nobody finds it unlabelled. Where the file
 system cannot do that, and for directories, symlinks and special files, which cannot be made without a name, it is made,
-labelled, and removed again if that fails. In between the host, and another process of the guest that looks it up, can see
-it without the label. Linux could set the label as it makes the file (/proc/thread-self/attr/fscreate), but only where the
+labelled, and removed again if that fails. In between the host and other guests can see it without the label (the guest's
+own kernel has its directory locked). Linux could set the label as it makes the file (/proc/thread-self/attr/fscreate), but only where the
 host itself runs an LSM that knows the guest's labels, and never under another name; vfsd does not use it.
 """
 
