@@ -395,6 +395,19 @@ def create_with_umask(path, mask, mode):
     os.mkdir(f"{path}-directory", mode)
 
 
+def xattrs(path):
+    """name: value in hexadecimal."""
+    return {name: os.getxattr(path, name, follow_symlinks=False).hex() for name in os.listxattr(path, follow_symlinks=False)}
+
+
+def set_xattr(path, name, value):
+    os.setxattr(path, name, bytes.fromhex(value), follow_symlinks=False)
+
+
+def remove_xattr(path, name):
+    os.removexattr(path, name, follow_symlinks=False)
+
+
 def several(count, work):
     """Runs work(number) in so many processes at once; the sum of their exit codes."""
     pids = []
