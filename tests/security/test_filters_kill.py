@@ -61,6 +61,10 @@ FATAL_WITHOUT_PRIVILEGE = {
     "readlinkat": call("readlinkat", 3, "x", 0, 0),
     "unlinkat": call("unlinkat", 3, "x", 0),
     "fchdir": call("fchdir", 3),
+    "getxattr": call("getxattr", "3", "user.x", 0, 0),
+    "setxattr": call("setxattr", "3", "user.x", 0, 0, 0),
+    "listxattr": call("listxattr", "3", 0, 0),
+    "removexattr": call("removexattr", "3", "user.x"),
     "setresuid": call("setresuid", -1, 0, -1),
     "capset": call("capset", 0, 0),
     "mprotect": call("mprotect", 0, PAGE, PROT_READ | PROT_WRITE),
@@ -117,6 +121,9 @@ BROKER_OUT_OF_RANGE = {
     "setresgid of the real one": call("setresgid", 1000, -1, -1),
     "mmap of a file": call("mmap", 0, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, 0, 0),
     "unlinkat with an unknown flag": call("unlinkat", 0, "x", 1),
+    "setxattr with an unknown flag": call("setxattr", "0", "user.x", 0, 0, 4),
+    "fchdir": call("fchdir", 0),
+    "chdir": call("chdir", "/"),
 }
 
 

@@ -37,7 +37,7 @@ NEVER = """
 
 ONLY_THE_BROKER = """
     openat open_by_handle_at name_to_handle_at statx readlinkat mkdirat unlinkat renameat2 linkat symlinkat mknodat fchownat
-    fchmodat  utimensat faccessat faccessat2 ioctl getxattr setxattr chdir fchdir setresuid setresgid setgroups capset umask
+    fchmodat  utimensat faccessat faccessat2 ioctl getxattr setxattr listxattr removexattr chdir fchdir setresuid setresgid setgroups capset umask
     mprotect
 """.split()  # noqa: SIM905  # sixty lines of list are no clearer
 
