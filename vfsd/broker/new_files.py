@@ -3,8 +3,8 @@
 A regular file is made without a name (O_TMPFILE), labelled, and then linked: nobody finds it unlabelled. Where the file
 system cannot do that, and for directories, symlinks and special files, which cannot be made without a name, it is made,
 labelled, and removed again if that fails. In between the host and other guests can see it without the label (the guest's
-own kernel has its directory locked). Linux could set the label as it makes the file (/proc/thread-self/attr/fscreate), but only where the
-host itself runs an LSM that knows the guest's labels, and never under another name; vfsd does not use it.
+own kernel has its directory locked). Linux could set the label as it makes the file (/proc/thread-self/attr/fscreate), but
+only where the host itself runs an LSM that knows the guest's labels, and never under another name; vfsd does not use it.
 """
 
 from __future__ import annotations
@@ -51,15 +51,22 @@ class NewFile:
             return self._label_named(flags, self._label)
         with made:
             self._label.put(made.fileno())
-            self._link(made.fileno())
-            return self._reopen(made, flags)
+            opened = self._reopen(made, flags)
+        return self._link(opened)
 
     def _make(self, name: bytes, flags: int) -> OwnedFd:
         with self._share.credentials.of_caller(self._caller):
             return OwnedFd(os.open(name, flags, self._mode, dir_fd=self._directory.fd))
 
-    def _link(self, fd: int) -> None:
-        os.link(b"%d" % fd, self._name, src_dir_fd=self._share.proc_self_fd, dst_dir_fd=self._directory.fd, follow_symlinks=True)
+    def _link(self, made: OwnedFd) -> OwnedFd:
+        """Give it its name, as the last that can fail. Takes over `made` and gives it back."""
+        source = b"%d" % made.fileno()
+        try:
+            os.link(source, self._name, src_dir_fd=self._share.proc_self_fd, dst_dir_fd=self._directory.fd, follow_symlinks=True)
+        except OSError:
+            made.close()
+            raise
+        return made
 
     def _reopen(self, made: OwnedFd, flags: int) -> OwnedFd:
         """With the access that was asked for; the file's own permissions do not matter to who made it."""
