@@ -137,6 +137,13 @@ def _add_share_options(parser: argparse.ArgumentParser) -> None:
         help="show the guest where other file systems are mounted in the share (default: on)",
     )
 
+    for kind, what in (("uid", "users"), ("gid", "groups")):
+        group.add_argument(
+            f"--translate-{kind}", action="append", default=[], metavar="RULE",
+            help=f"the host's {what} for the guest's, by ids: map:GUEST:HOST:COUNT both ways, guest:GUEST:HOST:COUNT or "
+            "host:HOST:GUEST:COUNT one way, squash-guest or squash-host all to one, forbid-guest:GUEST:COUNT none; repeatable",
+        )  # fmt: skip
+
 
 def _add_feature_options(parser: argparse.ArgumentParser) -> None:
     """What the guest may do beyond the plain operations."""
@@ -240,6 +247,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         announce_submounts=found.announce_submounts,
         features=_features(found),
         xattrmap=found.xattrmap,
+        translate_uid=tuple(found.translate_uid),
+        translate_gid=tuple(found.translate_gid),
         allow_direct_io=found.allow_direct_io,
         preserve_noatime=found.preserve_noatime,
         rlimit_nofile=found.rlimit_nofile,

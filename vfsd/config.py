@@ -63,6 +63,8 @@ class Options:
     announce_submounts: bool
     features: Features
     xattrmap: str | None
+    translate_uid: tuple[str, ...] = ()
+    translate_gid: tuple[str, ...] = ()
     allow_direct_io: bool
     preserve_noatime: bool
     rlimit_nofile: int | None  # None: the default, which may fall back to the hard limit; 0: leave the limit alone
@@ -92,6 +94,8 @@ class BrokerConfig(RoleConfig):
     xattr: bool
     posix_acl: bool
     xattrmap: str | None
+    translate_uid: tuple[str, ...] = ()
+    translate_gid: tuple[str, ...] = ()
     allow_direct_io: bool
     preserve_noatime: bool
     nofile: int  # the limit of open files it runs under: the inode store's budget comes from it
@@ -115,6 +119,8 @@ class WorkerConfig(RoleConfig):
     broker_fd: int
     cache: CacheMode
     features: Features
+    translate_uid: tuple[str, ...] = ()
+    translate_gid: tuple[str, ...] = ()
 
 
 Config = TypeVar("Config", bound=RoleConfig)

@@ -18,6 +18,7 @@ from vfsd.sandbox.id_maps import choose_powerless_id
 from vfsd.sandbox.lockdown import Confinement
 from vfsd.sandbox.seccomp import load_policy
 from vfsd.sandbox.user_namespace import Standing, read_standing
+from vfsd.wire.id_map import make_id_maps
 
 Role = Literal["broker", "control", "worker", "supervisor"]
 
@@ -59,6 +60,8 @@ class Roles:
             xattr=options.features.xattr,
             posix_acl=options.features.posix_acl != "off",
             xattrmap=options.xattrmap,
+            translate_uid=options.translate_uid,
+            translate_gid=options.translate_gid,
             allow_direct_io=options.allow_direct_io,
             preserve_noatime=options.preserve_noatime,
             nofile=self.nofile,
@@ -91,6 +94,8 @@ class Roles:
             broker_fd=broker_fd,
             cache=self.options.cache,
             features=self.options.features,
+            translate_uid=self.options.translate_uid,
+            translate_gid=self.options.translate_gid,
         )
 
     def supervisor(self) -> Confinement:
@@ -135,6 +140,14 @@ def make_roles(options: Options, supervisor_pidfd: int, nofile: int) -> Roles:
         privileged=os.geteuid() == 0 or options.sandbox == "namespace",
         standing=read_standing(),
     )
+
+
+def check_translation(options: Options) -> None:
+    """ConfigError for rules that cannot be, before the children find out."""
+    if make_id_maps(options.translate_uid, options.translate_gid) is not None and options.features.posix_acl != "off":
+        raise ConfigError(
+            "--posix-acl: cannot be used with --translate-uid or --translate-gid: ids in ACLs are not translated; leave one out"
+        )
 
 
 def _compile_filters(options: Options) -> dict[Role, bytes]:

@@ -25,6 +25,7 @@ from vfsd.sandbox.lockdown import lock_down
 from vfsd.sandbox.memory import share_one_heap
 from vfsd.sandbox.namespaces import enter_share
 from vfsd.wire.channel import Breach, Ready, bounded
+from vfsd.wire.id_map import IdMaps, make_id_maps
 
 POOL_THREADS = 16
 _OWN_FDS = 256  # sockets, mounts, and what requests open for a moment
@@ -41,7 +42,8 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
     root = enter_share(config.sandbox, config.shared_dir, config.readonly)
     share_one_heap()
     os.umask(0)
-    credentials = _credentials(config, log)
+    ids = make_id_maps(config.translate_uid, config.translate_gid)
+    credentials = _credentials(config, log, ids)
     server = Server(log, lambda worker, text: _report(channel, worker, text))
     watchdog = Watchdog(channel, server)
 
@@ -71,6 +73,7 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
         xattrmap=config.xattrmap,
         allow_direct_io=config.allow_direct_io,
         preserve_noatime=config.preserve_noatime,
+        ids=ids,
     )
     server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.notify, closer, whereabouts, reaper.wake))
     # No request makes cycles (see errors.drop_traceback), and a collection over a million inodes would be a pause that every guest feels.
@@ -88,13 +91,13 @@ def _prepare_thread(proc_self_fd: int) -> None:
     os.fchdir(proc_self_fd)
 
 
-def _credentials(config: BrokerConfig, log: ChildLog) -> Credentials:
+def _credentials(config: BrokerConfig, log: ChildLog, ids: IdMaps | None) -> Credentials:
     """Without the capabilities for it nobody else's files can be made: then all belong to who started vfsd."""
     own = (config.own_uid, config.own_gid)
     if capabilities.may("SETUID") and capabilities.may("SETGID"):
         permitted = capabilities.mask_of(config.confinement.capabilities) & capabilities.permitted()
-        return Credentials(permitted, own, IdSquash(own, config.uid_map, config.gid_map, log))
-    return Credentials(None, own, IdSquash(own, (), (), log))
+        return Credentials(permitted, own, IdSquash(own, config.uid_map, config.gid_map, log), ids)
+    return Credentials(None, own, IdSquash(own, (), (), log), ids)
 
 
 def _report(channel: Channel, worker: int, text: str) -> bool:

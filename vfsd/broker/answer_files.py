@@ -6,6 +6,7 @@ A worker gets descriptors of regular files and directories only, opened with the
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 
 from vfsd.broker.answer_names import check_name, look_up
@@ -13,12 +14,26 @@ from vfsd.broker.answers import NOTHING, Answer, Call, Granted
 from vfsd.broker.credentials import caller_of
 from vfsd.broker.inode_store import Pin
 from vfsd.broker.new_files import NewFile
+from vfsd.broker.open_files import OpenFile
 from vfsd.broker.share import Entry, Share
 from vfsd.broker.xattrs import Label, drop_remapped_capability, label_of
 from vfsd.errors import ReplyErrno
 from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
-from vfsd.wire.broker_messages import TRAIT_FLUSH, Create, FAllocate, Fetch, Flush, FSync, Ioctl, Open, OpenDir, Release, TmpFile
+from vfsd.wire.broker_messages import (
+    TRAIT_FLUSH,
+    AfterWrite,
+    Create,
+    FAllocate,
+    Fetch,
+    Flush,
+    FSync,
+    Ioctl,
+    Open,
+    OpenDir,
+    Release,
+    TmpFile,
+)
 
 _REFUSED_FLAGS = os.O_CREAT | (os.O_TMPFILE & ~os.O_DIRECTORY)
 _READ_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
@@ -32,17 +47,19 @@ def answer_open(share: Share, call: Call, message: Open) -> Answer:
     if message.flags & _REFUSED_FLAGS:
         raise ReplyErrno(errno.EINVAL)
     with share.store.pin(message.nodeid, call.session) as inode:
-        return _open_existing(share, call, inode, message.flags)
+        return _open_existing(share, call, inode, message.flags, message.kill)
 
 
-def _open_existing(share: Share, call: Call, inode: Pin, flags: int) -> Answer:
+def _open_existing(share: Share, call: Call, inode: Pin, flags: int, kill: int) -> Answer:
     _refuse_writing(share, flags)
     if inode.is_directory and flags & os.O_ACCMODE != os.O_RDONLY:
         raise ReplyErrno(errno.EISDIR)
     if flags & os.O_TRUNC:
         with share.path_of(inode) as path:
             drop_remapped_capability(share, path.fd)
-    return _keep(share, call, inode, share.open_inode(inode, flags & share.settings.open_flags))
+    with share.killing_set_id(inode, kill and flags & os.O_TRUNC):
+        fd = share.open_inode(inode, flags & share.settings.open_flags)
+    return _keep(share, call, inode, fd)
 
 
 def _refuse_writing(share: Share, flags: int) -> None:
@@ -55,17 +72,32 @@ def _keep(share: Share, call: Call, inode: Pin, fd: OwnedFd) -> Answer:
     try:
         share.require_room_for_fd()
         traits = share.traits.of(fd.fileno(), inode.mount_id, inode.device)
+        writable = fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
         fd = share.own_open(fd.detach(), traits, inode.mount_id)
         copy = share.own_open(os.dup(fd.fileno()), traits, inode.mount_id)
     except (ReplyErrno, OSError):
         fd.close()
         raise
     try:
-        opened = share.files.add(call.session, inode.nodeid, fd, traits, inode.mount_id, is_directory=inode.is_directory)
+        opened = share.files.add(
+            call.session, inode.nodeid, fd, traits, inode.mount_id, is_directory=inode.is_directory, is_writable=writable
+        )  # fmt: skip
     except ReplyErrno:
         copy.close()
         raise
+    if writable:
+        _learn_set_id_bits(share, call, opened, copy)
     return Answer([opened.fh, traits, inode.mount_id], copy, Granted.FILE, opened.fh)
+
+
+def _learn_set_id_bits(share: Share, call: Call, opened: OpenFile, copy: OwnedFd) -> None:
+    """After the file was entered, since what changes from then on is noted; if it fails, the file was not opened."""
+    try:
+        share.files.set_id.learn(opened.nodeid, copy.fileno())
+    except OSError:
+        copy.close()
+        share.release_file(opened.nodeid, opened.fh, call.session, call.worker)
+        raise
 
 
 def answer_opendir(share: Share, call: Call, message: OpenDir) -> Answer:
@@ -134,7 +166,7 @@ def _open_found(share: Share, call: Call, parent: Pin, message: Create) -> Answe
     entry = look_up(share, call, parent, message.name)
     try:
         with share.store.pin(entry.nodeid, call.session) as inode:
-            answer = _open_existing(share, call, inode, message.flags)
+            answer = _open_existing(share, call, inode, message.flags, message.kill)
         return answer._replace(fields=[*entry, *answer.fields])
     except (ReplyErrno, OSError):
         share.store.forget([entry.nodeid, 1], call.session)
@@ -175,9 +207,16 @@ def answer_flush(share: Share, call: Call, message: Flush) -> Answer:
 def answer_fallocate(share: Share, call: Call, message: FAllocate) -> Answer:
     if message.mode & ~_FALLOCATE_MODES:
         raise ReplyErrno(errno.EOPNOTSUPP)
-    with share.files.pin(message.nodeid, message.fh, call.session) as opened:
+    with share.files.pin(message.nodeid, message.fh, call.session) as opened, share.killing_set_id(opened, message.kill):
         drop_remapped_capability(share, opened.fd.fileno())
         filecalls.fallocate(opened.fd.fileno(), message.mode, message.offset, message.length)
+    return NOTHING
+
+
+def answer_after_write(share: Share, call: Call, message: AfterWrite) -> Answer:
+    """All that has to be done about a file's privileges after a worker has written to it on behalf of a privileged writer."""
+    with share.files.pin(message.nodeid, message.fh, call.session) as opened:
+        share.files.set_id.restore(opened.nodeid, opened.fd.fileno(), message.set_id_bits, share.proc_self_fd)
     return NOTHING
 
 

@@ -8,6 +8,7 @@ import os
 from vfsd.broker.answers import NOTHING, Answer, Call, Granted
 from vfsd.broker.inode_store import Pin
 from vfsd.broker.path_fds import PathFd
+from vfsd.broker.set_id_bits import SET_ID_BITS
 from vfsd.broker.share import Share, encode_attr, encode_statx
 from vfsd.broker.xattrs import drop_remapped_capability
 from vfsd.errors import ReplyErrno
@@ -28,7 +29,7 @@ def answer_forget(share: Share, call: Call, message: Forget) -> None:
 def answer_getattr(share: Share, call: Call, message: GetAttr) -> Answer:
     with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
         seen = path.statx()
-        fields = [encode_attr(seen)]
+        fields = [encode_attr(share.as_guest(seen))]
         slow = share.traits.of(path.fd, inode.mount_id, inode.device) & TRAIT_SLOW  # fstat would hold up the worker's ring
         if slow or not share.donations.worthwhile(inode.nodeid):
             return Answer(fields)
@@ -36,23 +37,44 @@ def answer_getattr(share: Share, call: Call, message: GetAttr) -> Answer:
 
 
 def answer_setattr(share: Share, call: Call, message: SetAttr) -> Answer:
-    """In the order of semantics.md 4: mode, owner, size, times. The first failure ends it, as on a local file system."""
+    """Owner, mode, size, times. The first failure ends it, as on a local file system.
+
+    The owner before the mode: changing it takes set-id bits away, and the guest's kernel has decided which of them are to stay.
+    """
     with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
-        magic_link = b"%d" % path.fd
-        if message.valid & attr.SET_MODE:
-            os.chmod(magic_link, message.mode & 0o7777, dir_fd=share.proc_self_fd)
-        if message.valid & (attr.SET_UID | attr.SET_GID):
-            uid = message.uid if message.valid & attr.SET_UID else _KEEP
-            gid = message.gid if message.valid & attr.SET_GID else _KEEP
-            drop_remapped_capability(share, path.fd)
-            _change_owner(path.fd, uid, gid)
+        if message.valid & (attr.SET_MODE | attr.SET_UID | attr.SET_GID):
+            _set_owner_and_mode(share, inode, path, message)
         if message.valid & attr.SET_SIZE:
             drop_remapped_capability(share, path.fd)
             _set_size(share, call, inode, message)
         times = _times(message)
         if times is not None:
-            filecalls.utimensat(share.proc_self_fd, magic_link, times)
-        return Answer([encode_attr(path.statx())])
+            filecalls.utimensat(share.proc_self_fd, b"%d" % path.fd, times)
+        return Answer([encode_attr(share.as_guest(path.statx()))])
+
+
+def _set_owner_and_mode(share: Share, inode: Pin, path: PathFd, message: SetAttr) -> None:
+    """Noted under the lock, so that bits are put back after a write before all this or after it, and then by what is known now.
+
+    The kernel takes set-id bits away at a change of owner, root's too.
+    """
+    with share.files.set_id.changing(inode.nodeid) as record:
+        if message.valid & (attr.SET_UID | attr.SET_GID):
+            drop_remapped_capability(share, path.fd)
+            _change_owner(path.fd, *_new_owner(share, message))
+            record.known &= path.statx().mode
+        if message.valid & attr.SET_MODE:
+            os.chmod(b"%d" % path.fd, message.mode & 0o7777, dir_fd=share.proc_self_fd)
+            record.known = message.mode & SET_ID_BITS
+
+
+def _new_owner(share: Share, message: SetAttr) -> tuple[int, int]:
+    uid = message.uid if message.valid & attr.SET_UID else _KEEP
+    gid = message.gid if message.valid & attr.SET_GID else _KEEP
+    ids = share.settings.ids
+    if ids is None:
+        return uid, gid
+    return ids.uids.to_host(uid), ids.gids.to_host(gid)
 
 
 def _change_owner(fd: int, uid: int, gid: int) -> None:
@@ -67,10 +89,10 @@ def _change_owner(fd: int, uid: int, gid: int) -> None:
 
 def _set_size(share: Share, call: Call, inode: Pin, message: SetAttr) -> None:
     if message.fh:
-        with share.files.pin(inode.nodeid, message.fh, call.session) as opened:
+        with share.files.pin(inode.nodeid, message.fh, call.session) as opened, share.killing_set_id(inode, message.kill):
             os.ftruncate(opened.fd.fileno(), message.size)
         return
-    with share.open_inode(inode, os.O_RDWR) as fd:
+    with share.open_inode(inode, os.O_RDWR) as fd, share.killing_set_id(inode, message.kill):
         os.ftruncate(fd.fileno(), message.size)
 
 
@@ -109,24 +131,27 @@ def answer_access(share: Share, call: Call, message: Access) -> Answer:
     if message.mask & _WRITE and share.settings.readonly:
         raise ReplyErrno(errno.EROFS)
     with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
-        if not _permits(path, message):
+        if not _permits(share, path, message):
             raise ReplyErrno(errno.EACCES)
     return NOTHING
 
 
-def _permits(path: PathFd, message: Access) -> bool:
+def _permits(share: Share, path: PathFd, message: Access) -> bool:
+    """The guest's root is root, whatever it is on the host."""
     seen = path.statx()
+    ids = share.settings.ids
+    uid, gid = (message.uid, message.gid) if ids is None else ids.to_host(message.uid, message.gid)
     if message.uid == 0:
         is_directory = seen.mode & 0o170000 == 0o040000
         return not message.mask & _EXECUTE or is_directory or bool(seen.mode & 0o111)
-    shift = 6 if message.uid == seen.uid else 3 if message.gid == seen.gid else 0
+    shift = 6 if uid == seen.uid else 3 if gid == seen.gid else 0
     return message.mask & ~(seen.mode >> shift) & 7 == 0
 
 
 def answer_statx(share: Share, call: Call, message: StatX) -> Answer:
     """All that statx(2) says, the birth time too, which the attribute record has no place for."""
     with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
-        return Answer([encode_statx(path.statx())])
+        return Answer([encode_statx(share.as_guest(path.statx()))])
 
 
 def answer_syncfs(share: Share, call: Call, message: SyncFs) -> Answer:

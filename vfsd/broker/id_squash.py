@@ -7,6 +7,7 @@ every creation fail (setresuid(2): EINVAL). Who controls the bytes: the ids are 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 from vfsd.broker.file_handles import Log
 from vfsd.sandbox.id_maps import IdMap, is_mapped
@@ -26,6 +27,10 @@ class IdSquash:
         self._gid_map = gid_map
         self._log = log
         self._not_said = threading.Lock()  # taken by who says it, and never given back
+
+    def settable_groups(self, groups: Sequence[int]) -> Sequence[int]:
+        """Those that can be set. A group that has no number here permits nothing here; of its own the broker is a member."""
+        return [gid for gid in groups if gid != self._own_gid and is_mapped(self._gid_map, gid)]
 
     def settable(self, uid: int, gid: int) -> tuple[int, int]:
         """Each id as it is if it can be set, else vfsd's own."""

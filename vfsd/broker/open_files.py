@@ -15,6 +15,7 @@ from fcntl import F_UNLCK
 from types import TracebackType
 from typing import Self
 
+from vfsd.broker.set_id_bits import SetIdBits
 from vfsd.errors import ReplyErrno
 from vfsd.fds import OwnedFd
 from vfsd.sandbox import filecalls
@@ -24,9 +25,13 @@ from vfsd.wire.broker_messages import TRAIT_FLUSH
 class OpenFile:
     """One open file. `holders` are the indexes, as bits, of the workers that hold a copy."""
 
-    __slots__ = ("_table", "closing", "fd", "fh", "flocked", "holders", "is_directory", "mount_key", "nodeid", "traits", "users")
+    __slots__ = (
+        "_table", "closing", "fd", "fh", "flocked", "holders", "is_directory", "is_writable", "mount_key", "nodeid", "traits", "users",
+    )  # fmt: skip
 
-    def __init__(self, table: OpenFiles, fh: int, nodeid: int, fd: OwnedFd, traits: int, mount_key: int, *, is_directory: bool) -> None:
+    def __init__(
+        self, table: OpenFiles, fh: int, nodeid: int, fd: OwnedFd, traits: int, mount_key: int, *, is_directory: bool, is_writable: bool
+    ) -> None:
         self._table = table
         self.fh = fh
         self.nodeid = nodeid
@@ -34,6 +39,7 @@ class OpenFile:
         self.traits = traits
         self.mount_key = mount_key
         self.is_directory = is_directory
+        self.is_writable = is_writable
         self.holders = 0
         self.users = 0
         self.closing = False
@@ -58,18 +64,25 @@ class OpenFiles:
         self._files: dict[int, OpenFile] = {}
         self._last_fh = 0
         self._session = 0
+        self.set_id = SetIdBits()
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def add(self, session: int, nodeid: int, fd: OwnedFd, traits: int, mount_key: int, *, is_directory: bool) -> OpenFile:
+    def add(
+        self, session: int, nodeid: int, fd: OwnedFd, traits: int, mount_key: int, *, is_directory: bool, is_writable: bool = False
+    ) -> OpenFile:
         """Takes over `fd`; ESTALE (fd closed) if the session has ended meanwhile."""
         with self._lock:
             current = session == self._session
             if current:
                 self._last_fh += 1
-                opened = OpenFile(self, self._last_fh, nodeid, fd, traits, mount_key, is_directory=is_directory)
+                opened = OpenFile(
+                    self, self._last_fh, nodeid, fd, traits, mount_key, is_directory=is_directory, is_writable=is_writable
+                )  # fmt: skip
                 self._files[opened.fh] = opened
+                if is_writable:
+                    self.set_id.hold(nodeid)
         if not current:
             fd.close()
             raise ReplyErrno(errno.ESTALE)
@@ -128,6 +141,8 @@ class OpenFiles:
     def _retire(self, opened: OpenFile) -> bool:
         """Take it out of the table; True if nobody uses it, so that the caller closes it. Under the lock."""
         del self._files[opened.fh]
+        if opened.is_writable:
+            self.set_id.let_go(opened.nodeid)
         opened.closing = True
         return opened.users == 0
 

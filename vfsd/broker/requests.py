@@ -50,6 +50,7 @@ HANDLERS: dict[type[Any], Row] = {
     messages.FSync: Row(files.answer_fsync, writes=False),
     messages.Flush: Row(files.answer_flush, writes=False),
     messages.FAllocate: Row(files.answer_fallocate, writes=True),
+    messages.AfterWrite: Row(files.answer_after_write, writes=True),
     messages.Access: Row(inodes.answer_access, writes=False),
     messages.SyncFs: Row(inodes.answer_syncfs, writes=False),
     messages.StatX: Row(inodes.answer_statx, writes=False),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from vfsd.broker.closer import Closer
@@ -19,7 +20,7 @@ from vfsd.broker.file_handles import FileHandles, Log, device_of
 from vfsd.broker.inode_store import Identity, InodeStore, Pin, Released
 from vfsd.broker.locks import Locks
 from vfsd.broker.mount_fds import MountFds
-from vfsd.broker.open_files import OpenFiles
+from vfsd.broker.open_files import OpenFile, OpenFiles
 from vfsd.broker.path_fds import PathFd, PathFds
 from vfsd.broker.traits import Traits
 from vfsd.broker.whereabouts import Whereabouts
@@ -30,6 +31,7 @@ from vfsd.sandbox import filecalls
 from vfsd.sandbox.filecalls import Statx
 from vfsd.wire.attr import ATTR, ATTR_SUBMOUNT, STATX, encode_rdev
 from vfsd.wire.broker_messages import SESSION_LOCKS, TRAIT_FLUSH, DropFile, DropNode, Notice
+from vfsd.wire.id_map import IdMaps
 
 _NO_FD = -1
 _STATX_TOLD = filecalls.STATX_BASIC_STATS | filecalls.STATX_BTIME  # mount ids of the host are not the guest's business
@@ -57,6 +59,7 @@ class Settings(NamedTuple):
     xattrmap: str | None = None
     allow_direct_io: bool = False
     preserve_noatime: bool = False
+    ids: IdMaps | None = None
 
     @property
     def open_flags(self) -> int:
@@ -160,7 +163,7 @@ class Share:
             nodeid = self.store.count_lookup(identity, session)
             if nodeid is None:
                 nodeid = self._insert(session, path_fd, identity)
-            return Entry(nodeid, encode_attr(seen, self._attr_flags(seen, parent)))
+            return Entry(nodeid, encode_attr(self.as_guest(seen), self._attr_flags(seen, parent)))
         finally:
             path_fd.close()
 
@@ -203,6 +206,24 @@ class Share:
         if not self.settings.announce_submounts or seen.mode & 0o170000 != 0o040000:
             return 0
         return ATTR_SUBMOUNT if seen.mnt_id != parent.mount_id or device_of(seen) != parent.device else 0
+
+    def as_guest(self, seen: Statx) -> Statx:
+        """Attributes with the ids that the guest is to see."""
+        ids = self.settings.ids
+        if ids is None:
+            return seen
+        uid, gid = ids.to_guest(seen.uid, seen.gid)
+        return seen._replace(uid=uid, gid=gid)
+
+    @contextmanager
+    def killing_set_id(self, inode: Pin | OpenFile, kill: int) -> Iterator[None]:
+        """With `kill`, the set-id bits go from the file whose contents are changed inside the block, and do not come back."""
+        if not kill:
+            yield
+            return
+        with self.files.set_id.changing(inode.nodeid) as record, self.credentials.without_fsetid():
+            record.known = 0
+            yield
 
     def open_inode(self, inode: Pin, flags: int) -> OwnedFd:
         """A real descriptor of an inode: the only place where one is made. EBADF for all but regular files and directories.
@@ -259,6 +280,7 @@ class Share:
             self.session += 1
             self.session_flags = flags
             session = self.session
+        self.credentials.begin_session(flags)
         self.files.begin_session(session)
         self.locks.begin_session(session)
         self.store.begin_session(session)

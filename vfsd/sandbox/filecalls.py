@@ -12,6 +12,7 @@ import os
 import platform
 import struct
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 AT_EMPTY_PATH = 0x1000
@@ -45,6 +46,7 @@ _NUMBERS = {
         "getdents64": 217,
         "setresuid": 117,
         "setresgid": 119,
+        "setgroups": 116,
         "capset": 126,
         "fchownat": 260,
         "renameat2": 316,
@@ -55,6 +57,7 @@ _NUMBERS = {
         "getdents64": 61,
         "setresuid": 147,
         "setresgid": 149,
+        "setgroups": 159,
         "capset": 91,
         "fchownat": 54,
         "renameat2": 276,
@@ -108,6 +111,7 @@ _STATX = struct.Struct("<IIQIIIHxxQQQQ qIxxxx qIxxxx qIxxxx qIxxxx IIIIQ")
 # struct stat of fstat(2): x86_64 has dev ino nlink mode uid gid . rdev size blksize blocks and the times;
 # the generic layout has dev ino mode nlink uid gid rdev . size blksize . blocks and the times.
 _STAT = struct.Struct("<QQQIIIxxxxQqqqqQqQqQ" if _MACHINE == "x86_64" else "<QQIIIIQxxxxxxxxqixxxxqqQqQqQ")
+_STAT_MODE = struct.Struct("<24xI" if _MACHINE == "x86_64" else "<16xI")
 
 
 class Stat(NamedTuple):
@@ -167,6 +171,15 @@ def fstat(fd: int) -> Stat:
     if _syscall(_NR["fstat"], fd, buffer) < 0:
         _raise()
     return _decode_stat(_STAT.unpack_from(buffer))
+
+
+def mode_of(fd: int) -> int:
+    """Type and permissions of an open file, as `fstat`: asked for before every write, so nothing else is decoded."""
+    buffer = _buffers.stat
+    if _syscall(_NR["fstat"], fd, buffer) < 0:
+        _raise()
+    mode: int = _STAT_MODE.unpack_from(buffer)[0]
+    return mode
 
 
 def _decode_stat(raw: tuple[int, ...]) -> Stat:
@@ -283,6 +296,13 @@ def set_thread_gid(gid: int) -> None:
 def set_thread_uid(uid: int) -> None:
     """setresuid(-1, uid, -1) for this thread only."""
     if _syscall(_NR["setresuid"], ctypes.c_uint(-1), ctypes.c_uint(uid), ctypes.c_uint(-1)) < 0:
+        _raise()
+
+
+def set_thread_groups(groups: Sequence[int]) -> None:
+    """setgroups(2) for this thread only."""
+    packed = struct.pack(f"={len(groups)}I", *groups)
+    if _syscall(_NR["setgroups"], ctypes.c_ulong(len(groups)), ctypes.c_char_p(packed)) < 0:
         _raise()
 
 

@@ -16,6 +16,7 @@ from vfsd.sandbox.memory import settle_allocator
 from vfsd.sandbox.namespaces import enter_empty_root
 from vfsd.wire import broker_messages as wire
 from vfsd.wire.channel import CONTROL_TO_WORKER, Ready
+from vfsd.wire.id_map import make_id_maps
 from vfsd.worker.broker_client import BrokerClient, BrokerGone
 from vfsd.worker.cache_policy import CACHE_POLICIES
 from vfsd.worker.event_loop import EventLoop
@@ -50,7 +51,8 @@ def _serve(config: WorkerConfig, channel: Channel, log: ChildLog) -> None:
     broker = BrokerClient(OwnedFd(config.broker_fd))
     most_fds = config.confinement.nofile or resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     most_files = max(16, min(_MOST_FILES, (most_fds - _MEMORY_FDS) // 2))
-    fs = FileSystem(broker, CACHE_POLICIES[config.cache], log, pool, most_files, config.features)
+    ids = make_id_maps(config.translate_uid, config.translate_gid)
+    fs = FileSystem(broker, CACHE_POLICIES[config.cache], log, pool, most_files, config.features, ids)
     loop = EventLoop(channel, control, broker, fs, pool, log)
     settle_allocator()
     lock_down(config.confinement, start_threads=pool.start)

@@ -16,11 +16,14 @@ from vfsd.config import Features
 from vfsd.errors import ReplyErrno
 from vfsd.fds import TempFd
 from vfsd.log import ChildLog
+from vfsd.sandbox.filecalls import Stat
 from vfsd.wire import broker_messages as wire
+from vfsd.wire.id_map import IdMaps
 from vfsd.worker.broker_client import BrokerClient
 from vfsd.worker.cache_policy import CachePolicy
 from vfsd.worker.files import Mount, Mounts, NodeFds, OpenFile, OpenFiles
 from vfsd.worker.io_pool import IoPool, Job
+from vfsd.worker.keepers import Keepers
 from vfsd.worker.request import Request
 
 
@@ -65,11 +68,13 @@ class FileSystem:
     """One per worker; the ring thread's alone."""
 
     def __init__(
-        self, broker: BrokerClient, cache: CachePolicy, log: ChildLog, pool: IoPool, most_files: int, features: Features = _DEFAULT_FEATURES
-    ) -> None:
+        self, broker: BrokerClient, cache: CachePolicy, log: ChildLog, pool: IoPool, most_files: int,
+        features: Features = _DEFAULT_FEATURES, ids: IdMaps | None = None,
+    ) -> None:  # fmt: skip
         self.broker = broker
         self.cache = cache
         self.features = features
+        self._ids = ids
         self._agreed = 0
         self._locks_session = 0  # the last session in which a POSIX lock was asked for
         self.log = log
@@ -77,6 +82,7 @@ class FileSystem:
         self.files = OpenFiles(most_files)
         self.nodes = NodeFds(most_files)
         self.mounts = Mounts()
+        self.keepers = Keepers()
         self.active = False
         broker.listen(self.noticed)
 
@@ -138,6 +144,13 @@ class FileSystem:
         given: Given = yield wire.Fetch(nodeid, fh)
         traits, mount_key = given.fields
         return self.keep_open(nodeid, fh, traits, mount_key, take_donation(given))
+
+    def as_guest(self, seen: Stat) -> Stat:
+        """Attributes with the ids that the guest is to see."""
+        if self._ids is None:
+            return seen
+        uid, gid = self._ids.to_guest(seen.uid, seen.gid)
+        return seen._replace(uid=uid, gid=gid)
 
     def encode_entry(self, nodeid: int, attr: bytes) -> bytes:
         """A fuse_entry_out."""

@@ -28,3 +28,11 @@ def kills_set_id(fs: FileSystem, request: Request, flagged: int) -> int:
     if fs.agreed(abi.FUSE_HANDLE_KILLPRIV_V2):
         return int(bool(flagged))
     return int(request.uid not in (0, _UNKNOWN_ID))
+
+
+def kills_set_id_unsaid(fs: FileSystem, request: Request) -> int:
+    """The same for an operation whose request has no flag for it (FALLOCATE, COPY_FILE_RANGE).
+
+    With killpriv-v2 the guest's kernel leaves them to us all the same: who is unknown may not keep the bits.
+    """
+    return int(request.uid != 0) if fs.agreed(abi.FUSE_HANDLE_KILLPRIV_V2) else kills_set_id(fs, request, 0)

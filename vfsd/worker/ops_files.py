@@ -2,15 +2,20 @@
 
 A call that may wait for a device runs on the pool: reads whose data is not in the page cache, and everything on a mount that
 was slow a moment ago (files.Mount).
+
+This process is nobody, so the kernel takes set-id bits away at each of its writes. Where the writer may keep them, the broker
+is asked to put back what the file had before, and the guest is answered when they are there again.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Generator
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from vfsd.errors import ReplyErrno
 from vfsd.sandbox import filecalls
@@ -19,7 +24,8 @@ from vfsd.wire import fuse_abi as abi
 from vfsd.worker.file_system import FileSystem, Given, Outcome, Placed, Waiting, take_donation
 from vfsd.worker.files import OpenFile
 from vfsd.worker.io_pool import Job
-from vfsd.worker.open_flags import host_open_flags, kills_set_id
+from vfsd.worker.keepers import Group
+from vfsd.worker.open_flags import host_open_flags, kills_set_id, kills_set_id_unsaid
 from vfsd.worker.request import Request, advance, iov
 
 _I64_MAX = (1 << 63) - 1
@@ -27,6 +33,7 @@ _MAX_TRANSFER_BYTES = 1 << 20
 _INLINE_COPY_BYTES = 1 << 20  # a longer COPY_FILE_RANGE is not for the ring thread
 _MAX_COPY_BYTES = 1 << 30  # one reply's worth: the guest asks again for the rest
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL)
+_SET_ID_BITS = stat.S_ISUID | stat.S_ISGID
 
 
 def open_(fs: FileSystem, request: Request) -> Waiting:
@@ -134,19 +141,64 @@ def write(fs: FileSystem, request: Request) -> Outcome | Waiting:
         raise ReplyErrno(errno.EINVAL)
     appends = flags & os.O_APPEND and not write_flags & abi.FUSE_WRITE_CACHE
     rwf = os.RWF_APPEND if appends else 0
+    keeps = not write_flags & abi.FUSE_WRITE_KILL_SUIDGID
+
+    def work(fd: int) -> Written:
+        return _written(fd, keeps, lambda: _write_all(fd, request.data, offset, rwf))
+
     opened = fs.files.get(request.nodeid, fh)
     if opened is None or opened.mount.pooled():
-        return _write_pooled(fs, request, fh, offset, rwf)
+        return _write_pooled(fs, request, fh, work)
     started = time.monotonic()
-    done = _write_all(opened.fd, request.data, offset, rwf)
+    written = work(opened.fd)
     opened.mount.took(started)
-    return abi.fuse_write_out.pack(done)
+    if keeps and (written.set_id_bits or fs.keepers.seen(request.nodeid)):
+        return _write_restored(fs, request, fh, written)
+    return abi.fuse_write_out.pack(written.length())
 
 
-def _write_pooled(fs: FileSystem, request: Request, fh: int, offset: int, rwf: int) -> Waiting:
-    opened = yield from fs.fetch(request.nodeid, fh)
-    done: int = yield from on_pool(opened, lambda: _write_all(opened.fd, request.data, offset, rwf))
-    return abi.fuse_write_out.pack(done)
+def _write_pooled(fs: FileSystem, request: Request, fh: int, work: Callable[[int], Written]) -> Waiting:
+    with fs.keepers.joined(request.nodeid) as group:
+        opened = yield from fs.fetch(request.nodeid, fh)
+        written: Written = yield from on_pool(opened, lambda: work(opened.fd))
+        return abi.fuse_write_out.pack((yield from _restored(group, request.nodeid, fh, written)))
+
+
+def _write_restored(fs: FileSystem, request: Request, fh: int, written: Written) -> Waiting:
+    with fs.keepers.joined(request.nodeid) as group:
+        return abi.fuse_write_out.pack((yield from _restored(group, request.nodeid, fh, written)))
+
+
+class Written(NamedTuple):
+    """What a call wrote. `error`: the errno it failed with; `set_id_bits`: those that the file had before, if it is to keep them."""
+
+    done: int
+    error: int
+    keeps: bool
+    set_id_bits: int
+
+    def length(self) -> int:
+        if self.error:
+            raise ReplyErrno(self.error)
+        return self.done
+
+
+def _written(fd: int, keeps: bool, call: Callable[[], int]) -> Written:
+    """Make a call that writes to `fd`. Also one that fails takes the bits away."""
+    bits = filecalls.mode_of(fd) & _SET_ID_BITS if keeps else 0
+    try:
+        return Written(call(), 0, keeps, bits)
+    except OSError as error:
+        return Written(0, error.errno or errno.EIO, keeps, bits)
+
+
+def _restored(group: Group, nodeid: int, fh: int, written: Written) -> Generator[wire.Request | Job, Any, int]:
+    """How much was written, once the set-id bits are back. The data is there also if they cannot be put back."""
+    group.bits |= written.set_id_bits
+    if written.keeps and group.bits:
+        with suppress(ReplyErrno):
+            yield wire.AfterWrite(nodeid, fh, group.bits)
+    return written.length()
 
 
 def _write_all(fd: int, views: list[memoryview], offset: int, rwf: int) -> int:
@@ -189,9 +241,7 @@ def fallocate(fs: FileSystem, request: Request) -> Waiting:
     fh, offset, length, mode = abi.fuse_fallocate_in.unpack_from(request.arguments(abi.fuse_fallocate_in.size))
     if length > _I64_MAX or offset > _I64_MAX - length:
         raise ReplyErrno(errno.EFBIG)
-    # No flag of the request says it: with killpriv-v2 too it is decided by who asks, and whoever is unknown may not keep them.
-    kill = int(request.uid != 0) if fs.agreed(abi.FUSE_HANDLE_KILLPRIV_V2) else kills_set_id(fs, request, 0)
-    yield wire.FAllocate(request.nodeid, fh, mode, offset, length, kill)
+    yield wire.FAllocate(request.nodeid, fh, mode, offset, length, kills_set_id_unsaid(fs, request))
     return b""
 
 
@@ -208,23 +258,25 @@ def _copy(fs: FileSystem, request: Request) -> Generator[wire.Request | Job, Any
     arguments = abi.fuse_copy_file_range_in.unpack_from(request.arguments(abi.fuse_copy_file_range_in.size))
     fh_in, offset_in, nodeid_out, fh_out, offset_out, length, flags = arguments
     length = min(length, _MAX_COPY_BYTES)
+    keeps = not kills_set_id_unsaid(fs, request)
     if flags or offset_in > _I64_MAX - length or offset_out > _I64_MAX - length:
         raise ReplyErrno(errno.EINVAL)
     source = yield from fs.fetch(request.nodeid, fh_in)
     source.pin()
-    try:
-        target = yield from fs.fetch(nodeid_out, fh_out)
-        done: int = yield from _copy_between(source, target, length, offset_in, offset_out)
-    finally:
-        source.unpin()
-    return done
+    with fs.keepers.joined(nodeid_out) as group:
+        try:
+            target = yield from fs.fetch(nodeid_out, fh_out)
+            written: Written = yield from _copy_between(source, target, keeps, length, offset_in, offset_out)
+        finally:
+            source.unpin()
+        return (yield from _restored(group, nodeid_out, fh_out, written))
 
 
 def _copy_between(
-    source: OpenFile, target: OpenFile, length: int, offset_in: int, offset_out: int
-) -> Generator[wire.Request | Job, Any, int]:
-    def copy() -> int:
-        return os.copy_file_range(source.fd, target.fd, length, offset_in, offset_out)
+    source: OpenFile, target: OpenFile, keeps: bool, length: int, offset_in: int, offset_out: int
+) -> Generator[wire.Request | Job, Any, Written]:
+    def copy() -> Written:
+        return _written(target.fd, keeps, lambda: os.copy_file_range(source.fd, target.fd, length, offset_in, offset_out))
 
     if length <= _INLINE_COPY_BYTES and not source.mount.pooled() and not target.mount.pooled():
         return copy()
@@ -232,10 +284,10 @@ def _copy_between(
     try:
         # Two mounts are as a third one: if either hangs, that is not on the other's account.
         key = target.mount.key if source.mount is target.mount else (source.mount.key, target.mount.key)
-        done: int = yield Job(key, copy, source.mount.slow or target.mount.slow)
+        written: Written = yield Job(key, copy, source.mount.slow or target.mount.slow)
     finally:
         target.unpin()
-    return done
+    return written
 
 
 def ioctl(_fs: FileSystem, request: Request) -> Waiting:

@@ -41,12 +41,12 @@ def getattr_(fs: FileSystem, request: Request) -> Outcome | Waiting:
     if flags & abi.FUSE_GETATTR_FH:
         opened = fs.files.get(request.nodeid, fh)
         if opened is not None and not opened.mount.pooled():
-            return _attr_reply(fs, encode_stat(filecalls.fstat(opened.fd)))
+            return _attr_reply(fs, encode_stat(fs.as_guest(filecalls.fstat(opened.fd))))
     fd = fs.nodes.get(request.nodeid)
     if fd is not None:
         seen = filecalls.fstat(fd)
         if seen.nlink:
-            return _attr_reply(fs, encode_stat(seen))
+            return _attr_reply(fs, encode_stat(fs.as_guest(seen)))
         fs.nodes.drop(request.nodeid)  # deleted: whether it still exists is for the broker to say
     return _ask_attributes(fs, request.nodeid)
 
