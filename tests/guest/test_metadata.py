@@ -136,11 +136,18 @@ def test_a_supplementary_group_gives_access(share: Share) -> None:
     assert share.call(probes.as_user, USER, GROUP, [OTHER_GROUP], "read_text", f"{share.inside}/shared") == "'for the group'"
 
 
-def test_a_users_write_takes_the_set_id_bits_away(share: Share) -> None:
-    probes.write_text(f"{share.host}/program", "x")
-    os.chmod(f"{share.host}/program", 0o4777)
-    assert share.call(probes.as_user, USER, GROUP, [], "patch", f"{share.inside}/program", 0, "y") == "None"
-    assert stat.S_IMODE(os.stat(f"{share.host}/program").st_mode) == 0o777
+@pytest.mark.parametrize("mode", [0o4777, 0o6777])
+@pytest.mark.parametrize("user", [USER, 0], ids=["a user", "root"])
+@pytest.mark.parametrize("how", ["write", "open", "truncate", "ftruncate", "fallocate", "copy"])
+def test_changing_contents_leaves_the_set_id_bits_that_the_host_would_leave(share: Share, how: str, user: int, mode: int) -> None:
+    for name in ("program", "reference"):
+        probes.write_text(f"{share.host}/{name}", "content")
+        os.chmod(f"{share.host}/{name}", mode)
+    assert share.call(probes.as_user, user, user, [], "change_contents", f"{share.inside}/program", how) == "None"
+    assert probes.as_user(user, user, [], "change_contents", f"{share.host}/reference", how) == "None"
+    inside, host = share.both(probes.attributes, "program")
+    assert inside["mode"] == host["mode"] == probes.attributes(f"{share.host}/reference")["mode"]
+    assert probes.read_text(f"{share.host}/program") == probes.read_text(f"{share.host}/reference")
 
 
 def test_hard_links_are_one_file(share: Share) -> None:

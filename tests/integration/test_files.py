@@ -306,18 +306,6 @@ def test_an_unlinked_open_file_lives_on_until_its_release(fs, remover):
 # suid and sgid
 
 
-def test_a_write_takes_the_set_id_bits_away_for_the_worker_has_no_privilege(fs):
-    """The safe side, and a limit: a privileged guest process that writes into such a file loses the bits too."""
-    path = fs.put("tool", b"#!", mode=0o6755)
-    nodeid = fs.lookup(b"tool")
-    fh = fs.client.open(nodeid, os.O_RDWR).fh
-    fs.client.write(nodeid, fh, 2, b"/bin/sh")
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o755
-    fs.client.setattr(nodeid, mode=0o6755)
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o6755
-    fs.client.release(nodeid, fh)
-
-
 # FLUSH, FSYNC, SYNCFS
 
 

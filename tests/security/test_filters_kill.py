@@ -66,6 +66,7 @@ FATAL_WITHOUT_PRIVILEGE = {
     "listxattr": call("listxattr", "3", 0, 0),
     "removexattr": call("removexattr", "3", "user.x"),
     "setresuid": call("setresuid", -1, 0, -1),
+    "setgroups": call("setgroups", 0, 0),
     "capset": call("capset", 0, 0),
     "mprotect": call("mprotect", 0, PAGE, PROT_READ | PROT_WRITE),
 }
@@ -119,6 +120,7 @@ BROKER_OUT_OF_RANGE = {
     "flock that waits": call("flock", 0, 2),
     "setresuid of all three": call("setresuid", 1000, 1000, 1000),
     "setresgid of the real one": call("setresgid", 1000, -1, -1),
+    "setgroups with more groups than a message has": call("setgroups", 0x2000, 0),
     "mmap of a file": call("mmap", 0, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, 0, 0),
     "unlinkat with an unknown flag": call("unlinkat", 0, "x", 1),
     "setxattr with an unknown flag": call("setxattr", "0", "user.x", 0, 0, 4),

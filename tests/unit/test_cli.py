@@ -121,6 +121,28 @@ def test_the_version_is_printed_by_the_real_program():
     assert ended.stdout == f"vfsd {vfsd.__version__}\n"
 
 
+def test_translations_are_collected_in_order():
+    options = parse_options([*MINIMAL, "--translate-uid=map:0:1:2", "--translate-uid", "host:5:6:7", "--translate-gid=forbid-guest:0:1"])
+    assert (options.translate_uid, options.translate_gid) == (("map:0:1:2", "host:5:6:7"), ("forbid-guest:0:1",))
+    assert (parse_options(MINIMAL).translate_uid, parse_options(MINIMAL).translate_gid) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--translate-uid=map:0:1"], "--translate-uid=map:0:1: map takes 3 numbers"),
+        (["--translate-gid=map:0:1:9", "--translate-gid", "guest:8:0:1"], "--translate-gid=guest:8:0:1: overlaps with --translate-gid=map:0:1:9"),
+        (["--translate-gid=map:0:1:2", "--posix-acl=auto"], "--posix-acl: cannot be used with --translate-uid or --translate-gid"),
+    ],
+)  # fmt: skip
+def test_translations_that_cannot_be_are_an_error_of_one_line_and_status_1(tmp_path, capfd, arguments, line):
+    assert run([f"--shared-dir={tmp_path}", f"--socket-path={tmp_path}/s", *arguments]) == 1
+    errors = capfd.readouterr().err
+    assert errors.count("\n") == 1
+    assert line in errors
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_share_that_is_not_there_is_an_error_of_one_line_and_status_1(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-I", "-m", "vfsd", f"--shared-dir={tmp_path}/none", f"--socket-path={tmp_path}/s"],

@@ -8,8 +8,11 @@ import threading
 import pytest
 
 from vfsd.broker import credentials as module
-from vfsd.broker.credentials import CAP_DAC_OVERRIDE, EXIT_CREDENTIALS_LOST, Caller, Credentials
+from vfsd.broker.credentials import CAP_DAC_OVERRIDE, CAP_FSETID, EXIT_CREDENTIALS_LOST, Caller, Credentials
+from vfsd.errors import ReplyErrno
 from vfsd.sandbox import capabilities, filecalls
+from vfsd.wire.broker_messages import SESSION_ACTIVE, SESSION_POSIX_ACL, SESSION_SUPP_GROUPS
+from vfsd.wire.id_map import make_id_maps
 
 NEEDED = ("CHOWN", "DAC_OVERRIDE", "FSETID", "SETUID", "SETGID")
 
@@ -45,10 +48,17 @@ def credentials():
     return Credentials(permitted)
 
 
-def as_user(credentials, uid, gid, call):
+def groups():
+    """This thread's supplementary groups."""
+    with open("/proc/thread-self/status", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return [int(group) for group in fields["Groups"].split()]
+
+
+def as_user(credentials, uid, gid, call, tells=()):
     def run():
         before = status()
-        with credentials.of_caller(Caller(uid, gid)):
+        with credentials.of_caller(Caller(uid, gid, 0, tells)):
             result = call()
         assert status() == before
         return result
@@ -73,6 +83,85 @@ def test_a_file_belongs_to_the_caller(credentials, tmp_path, uid, gid):
 @pytest.mark.root
 def test_inside_the_block_only_dac_override_is_left(credentials):
     assert as_user(credentials, 1000, 1001, status) == (1000, 1001, CAP_DAC_OVERRIDE)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (0, CAP_DAC_OVERRIDE),
+        (SESSION_SUPP_GROUPS, 0),
+        (SESSION_POSIX_ACL, CAP_DAC_OVERRIDE),
+        (SESSION_POSIX_ACL | SESSION_SUPP_GROUPS, CAP_DAC_OVERRIDE),
+    ],
+    ids=["neither", "groups", "ACLs", "groups and ACLs"],
+)
+def test_the_host_decides_where_it_knows_all_that_the_guest_went_by(credentials, flags, kept):
+    credentials.begin_session(SESSION_ACTIVE | flags)
+    assert as_user(credentials, 1000, 1001, status) == (1000, 1001, kept)
+    credentials.begin_session(0)
+    assert as_user(credentials, 1000, 1001, status) == (1000, 1001, CAP_DAC_OVERRIDE)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("uid", [0, 1000])
+@pytest.mark.parametrize("tells", [(7,), tuple(range(5000, 5000 + 4096))], ids=len)
+def test_the_callers_groups_are_this_threads_inside_the_block_and_nobodys_afterwards(credentials, uid, tells):
+    def run():
+        filecalls.set_thread_groups(())  # as the broker's
+        inside = as_user(credentials, uid, 0, groups, tells)
+        with credentials.of_caller(Caller(uid, 0, 0, tells)):
+            here = groups()
+        return inside, here, groups()
+
+    before = groups()
+    assert on_a_thread(run) == (list(tells), list(tells), [])
+    assert groups() == before
+
+
+@pytest.mark.root
+def test_root_of_the_guest_keeps_its_capabilities_whatever_groups_it_has(credentials):
+    assert as_user(credentials, 0, 0, status, (7,)) == status()
+
+
+@pytest.mark.root
+def test_without_fsetid_only_that_capability_is_missing_inside_the_block(credentials):
+    def run():
+        with credentials.without_fsetid():
+            return status()
+
+    uid, gid, effective = status()
+    assert effective & CAP_FSETID
+    assert on_a_thread(run) == (uid, gid, effective & ~CAP_FSETID)
+
+    def after():
+        with pytest.raises(OSError, match="inside"), credentials.without_fsetid():
+            raise OSError("inside")
+        return status()
+
+    assert on_a_thread(after) == (uid, gid, effective)
+
+
+@pytest.mark.parametrize("permitted", [None, CAP_DAC_OVERRIDE])
+def test_a_broker_without_fsetid_has_nothing_to_give_up(monkeypatch, permitted):
+    monkeypatch.setattr(filecalls, "set_thread_effective_capabilities", None)
+    with Credentials(permitted).without_fsetid():
+        pass
+
+
+def test_translated_callers_become_who_they_are_on_the_host(monkeypatch):
+    ids = make_id_maps(["map:0:100:10", "forbid-guest:50:1"], ["map:0:200:10", "forbid-guest:60:1"])
+    kernel = Kernel(monkeypatch)
+    credentials = Credentials(0b11, ids=ids)
+    with credentials.of_caller(Caller(1, 2, 0, [3, 4])):
+        entered = kernel.calls.copy()
+    assert entered[:3] == [("set_thread_groups", [203, 204]), ("set_thread_gid", 202), ("set_thread_uid", 101)]
+    with credentials.of_caller(Caller(0, 0)):  # the guest's root is not the host's
+        assert kernel.calls[-2][0] == "set_thread_uid"
+    for caller in (Caller(50, 0), Caller(0, 60), Caller(0, 0, 0, [1, 60])):
+        with pytest.raises(ReplyErrno) as refused, credentials.of_caller(caller):
+            pytest.fail("it became somebody")
+        assert refused.value.errno == errno.EPERM
 
 
 @pytest.mark.root
@@ -139,7 +228,7 @@ class Kernel:
 
     def __init__(self, monkeypatch, fail=()):
         self.calls = []
-        for name in ("set_thread_gid", "set_thread_uid", "set_thread_effective_capabilities"):
+        for name in ("set_thread_groups", "set_thread_gid", "set_thread_uid", "set_thread_effective_capabilities"):
             monkeypatch.setattr(filecalls, name, self.call(name, fail))
         monkeypatch.setattr(module.os, "_exit", self.exit)
 
@@ -164,10 +253,26 @@ def test_ids_that_the_host_refuses_are_an_error_and_undone(monkeypatch):
     assert ("set_thread_uid", 0) in kernel.calls
 
 
-@pytest.mark.parametrize("lost", [("set_thread_uid", 0), ("set_thread_gid", 0), ("set_thread_effective_capabilities", 3, 3)])
+def test_groups_that_the_host_refuses_are_an_error_and_undone(monkeypatch):
+    kernel = Kernel(monkeypatch, fail=[("set_thread_groups", [7])])
+    with pytest.raises(OSError, match="refused"), Credentials(0b11).of_caller(Caller(1000, 1001, 0, [7])):
+        pytest.fail("the block was entered")
+    assert kernel.calls[-1] == ("set_thread_groups", ())
+
+
+@pytest.mark.parametrize(
+    "lost", [("set_thread_uid", 0), ("set_thread_gid", 0), ("set_thread_effective_capabilities", 3, 3), ("set_thread_groups", ())]
+)
 def test_a_thread_that_cannot_return_ends_the_broker(monkeypatch, lost):
     kernel = Kernel(monkeypatch, fail=[lost])
-    with pytest.raises(SystemExit), Credentials(0b11).of_caller(Caller(1000, 1001)):
+    with pytest.raises(SystemExit), Credentials(0b11).of_caller(Caller(1000, 1001, 0, [7])):
+        pass
+    assert kernel.calls[-1] == ("exit", EXIT_CREDENTIALS_LOST)
+
+
+def test_a_thread_that_does_not_get_fsetid_back_ends_the_broker(monkeypatch):
+    kernel = Kernel(monkeypatch, fail=[("set_thread_effective_capabilities", CAP_FSETID, CAP_FSETID)])
+    with pytest.raises(SystemExit), Credentials(CAP_FSETID).without_fsetid():
         pass
     assert kernel.calls[-1] == ("exit", EXIT_CREDENTIALS_LOST)
 
@@ -199,6 +304,9 @@ def test_a_broker_that_is_the_guests_user_itself_keeps_only_dac_override_too(mon
 
 def test_ids_that_cannot_be_set_are_squashed_before_the_switch(monkeypatch):
     class Squash:
+        def settable_groups(self, groups):
+            return groups
+
         def settable(self, uid, gid):
             assert (uid, gid) == (70000, 70001)
             return OWN

@@ -67,6 +67,14 @@ def test_fstat_says_what_stat_says(kinds):
         assert os.makedev(seen.rdev_major, seen.rdev_minor) == expected.st_rdev
 
 
+def test_the_mode_alone_is_what_stat_says(kinds):
+    for path in kinds:
+        with path_fd(path) as fd:
+            assert filecalls.mode_of(fd.fileno()) == os.lstat(path).st_mode
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        filecalls.mode_of(-1)
+
+
 def test_threads_do_not_see_each_others_answers(kinds):
     wrong = []
     start = threading.Barrier(4)

@@ -317,3 +317,124 @@ def test_a_slow_inline_call_sends_the_mount_to_the_pool(worker, file, monkeypatc
     assert worker.read(*file, 0, 10) == (0, CONTENT[:10])
     assert worker.write(*file, 0, b"x").errno == 0
     assert jobs == [mount.key, mount.key]
+
+
+# --- set-id bits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nobody(monkeypatch, path):
+    """Writes take set-id bits away, as from a worker; the test's own process may be root."""
+    pwritev, copy_file_range = os.pwritev, os.copy_file_range
+
+    def strip(fd):
+        os.fchmod(fd, os.fstat(fd).st_mode & 0o1777)
+
+    def write(fd, views, *rest):
+        strip(fd)
+        return pwritev(fd, views, *rest)
+
+    def copy(source, target, *rest):
+        strip(target)
+        return copy_file_range(source, target, *rest)
+
+    monkeypatch.setattr(os, "pwritev", write)
+    monkeypatch.setattr(os, "copy_file_range", copy)
+
+
+@pytest.fixture
+def asked(worker, monkeypatch):
+    """The bits of every AfterWrite that is sent."""
+    ask, bits = worker.broker.ask, []
+
+    def noting(message, asker):
+        if isinstance(message, wire.AfterWrite):
+            bits.append(message.set_id_bits)
+        ask(message, asker)
+
+    monkeypatch.setattr(worker.broker, "ask", noting)
+    return bits
+
+
+def set_mode(worker, nodeid, path, mode):
+    """As a chmod in the guest, so that the broker knows."""
+    body = abi.fuse_setattr_in.pack(abi.FATTR_MODE, *(0,) * 9, mode, 0, 0)
+    worker.ok(abi.FUSE_SETATTR, body, nodeid=nodeid)
+    assert path.stat().st_mode & 0o7777 == mode
+
+
+@pytest.mark.parametrize(("mode", "asks"), [(0o6755, [0o6000]), (0o4755, [0o4000]), (0o755, [])])
+def test_set_id_bits_are_back_when_a_write_is_answered(worker, prepared, path, nobody, asked, mode, asks):
+    set_mode(worker, prepared[0], path, mode)
+    assert worker.write(*prepared, 0, b"new") == (0, abi.fuse_write_out.pack(3))
+    assert path.stat().st_mode & 0o7777 == mode
+    assert asked == asks
+
+
+def test_a_write_that_is_to_kill_asks_nothing(worker, prepared, path, nobody, asked):
+    set_mode(worker, prepared[0], path, 0o6755)
+    assert worker.write(*prepared, 0, b"new", write_flags=abi.FUSE_WRITE_KILL_SUIDGID).errno == 0
+    assert path.stat().st_mode & 0o7777 == 0o755
+    assert asked == []
+
+
+def test_a_write_that_fails_gives_the_bits_back_too(worker, prepared, path, nobody, monkeypatch):
+    """The kernel takes them before it looks for space."""
+    set_mode(worker, prepared[0], path, 0o4755)
+    strip_and_write = os.pwritev
+
+    def full(fd, views, *rest):
+        strip_and_write(fd, [b""], *rest)
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "pwritev", full)
+    assert worker.write(*prepared, 0, b"new").errno == errno.ENOSPC
+    assert path.stat().st_mode & 0o7777 == 0o4755
+
+
+def test_a_write_is_answered_also_if_the_bits_cannot_come_back(worker, prepared, path, nobody, monkeypatch):
+    set_mode(worker, prepared[0], path, 0o4755)
+
+    def refuse(*_arguments):
+        raise OSError(errno.EPERM, "immutable")
+
+    monkeypatch.setattr(worker.bench.share.files.set_id, "restore", refuse)
+    assert worker.write(*prepared, 0, b"new") == (0, abi.fuse_write_out.pack(3))
+    assert path.read_bytes()[:3] == b"new"
+
+
+def write_at(worker, nodeid, fh, offset):
+    """Send a WRITE of one byte, and wait for nothing."""
+    body = abi.fuse_write_in.pack(fh, offset, 1, 0, 0, 0) + b"x"
+    return worker.submit(pack_request(abi.FUSE_WRITE, body, nodeid=nodeid))
+
+
+def test_bits_that_come_back_between_anothers_look_and_its_write_come_back_again(worker, file, path, nobody, monkeypatch):
+    set_mode(worker, file[0], path, 0o4755)
+    first = write_at(worker, *file, 0)
+    assert path.stat().st_mode & 0o7777 == 0o755
+    strip_and_write, looked = os.pwritev, []
+
+    def late(*arguments):
+        looked.append(path.stat().st_mode & 0o7777)
+        worker.broker.flush()
+        worker.bench.pump()  # the broker answers the first
+        looked.append(path.stat().st_mode & 0o7777)
+        return strip_and_write(*arguments)
+
+    monkeypatch.setattr(os, "pwritev", late)
+    second = write_at(worker, *file, 5)
+    for head in (first, second):
+        assert worker.finish(head).errno == 0
+    assert looked == [0o755, 0o4755]
+    assert path.stat().st_mode & 0o7777 == 0o4755
+    assert len(worker.fs.keepers) == 0
+
+
+@pytest.mark.parametrize(("uid", "kept"), [(0, True), (1000, False)])
+def test_a_copy_keeps_the_bits_for_root_alone(worker, prepared, path, nobody, uid, kept):
+    nodeid, fh = prepared
+    set_mode(worker, nodeid, path, 0o6755)
+    body = abi.fuse_copy_file_range_in.pack(fh, 10, nodeid, fh, 0, 5, 0)
+    assert worker.ok(abi.FUSE_COPY_FILE_RANGE, body, nodeid=nodeid, uid=uid) == abi.fuse_write_out.pack(5)
+    assert path.stat().st_mode & 0o7777 == (0o6755 if kept else 0o755)

@@ -124,6 +124,7 @@ def test_a_read_only_share_refuses_whatever_writes(tmp_path, handles):
     before = {path: path.lstat() for path in (tmp_path, *tmp_path.rglob("*"))}
     writing = [message for message in naming(b"x") if not isinstance(message, wire.Lookup)] + [
         changed(file, attr.SET_MODE), changed(file, 0), wire.Link(file, ROOT_NODEID, b"x"), wire.FAllocate(file, fh, 0, 0, 1),
+        wire.AfterWrite(file, fh, 0o6000),
         wire.Open(file, os.O_WRONLY), wire.Open(file, os.O_RDWR), wire.Open(file, os.O_RDONLY | os.O_TRUNC), wire.Open(file, os.O_ACCMODE),
         wire.Access(file, 2, *ME), wire.TmpFile(ROOT_NODEID, os.O_RDWR, 0o600, *ME),
         wire.SetXattr(file, b"user.x", b"", 0, 0), wire.RemoveXattr(file, b"user.x"),

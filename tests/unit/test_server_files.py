@@ -304,3 +304,46 @@ def test_open_files_are_budgeted_and_room_comes_back(request, tmp_path):
     worker.send(wire.Release(nodeid, fh))
     bench.pump()
     assert worker.errno_of(wire.Open(nodeid, os.O_RDONLY)) == 0
+
+
+# --- set-id bits ----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_whose_mode_cannot_be_seen_is_not_opened(bench, worker, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    nodeid = worker.lookup(b"file")
+
+    def stale(*_arguments):
+        raise OSError(errno.ESTALE, "gone from its server")
+
+    monkeypatch.setattr(bench.share.files.set_id, "learn", stale)
+    assert worker.errno_of(wire.Open(nodeid, os.O_RDWR)) == errno.ESTALE
+    assert len(bench.share.files) == 0
+    worker.open(nodeid, os.O_RDONLY)[1].close()  # nothing is written through it, so nothing is asked
+
+
+def test_bits_come_back_only_by_an_open_file_that_may_be_written(bench, worker, tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    path.chmod(0o6755)
+    nodeid = worker.lookup(b"file")
+    for flags, expected in ((os.O_RDONLY, 0o755), (os.O_WRONLY, 0o6755), (os.O_RDWR, 0o6755)):
+        path.chmod(0o6755)
+        fh, fd = worker.open(nodeid, flags)
+        path.chmod(0o755)
+        worker.ask_ok(wire.AfterWrite(nodeid, fh, 0o6000))
+        assert path.stat().st_mode & 0o7777 == expected
+        fd.close()
+        worker.send(wire.Release(nodeid, fh))
+        bench.pump()
+    assert len(bench.share.files.set_id) == 0
+    assert worker.errno_of(wire.AfterWrite(nodeid, fh, 0o6000)) == errno.EBADF
+
+
+def test_no_record_of_set_id_bits_outlives_its_session(bench, worker, tmp_path):
+    (tmp_path / "file").touch()
+    _fh, fd = worker.open(worker.lookup(b"file"), os.O_RDWR)
+    fd.close()
+    assert len(bench.share.files.set_id) == 1
+    bench.begin_session()
+    assert len(bench.share.files.set_id) == 0

@@ -172,9 +172,18 @@ class FuseClient(FuseSession):
         self.request(abi.FUSE_RENAME2, parent, abi.fuse_rename2_in.pack(newparent, flags) + _name(name, newname))
 
     def create(
-        self, parent: int, name: bytes, mode: int = 0o644, flags: int = os.O_RDWR, *, umask: int = 0, extensions: bytes = b""
+        self,
+        parent: int,
+        name: bytes,
+        mode: int = 0o644,
+        flags: int = os.O_RDWR,
+        *,
+        umask: int = 0,
+        open_flags: int = 0,
+        extensions: bytes = b"",
     ) -> tuple[Entry, Opened]:
-        body = abi.fuse_create_in.pack(flags, mode, umask, 0) + _name(name) + extensions
+        """`open_flags`: FUSE_OPEN_*."""
+        body = abi.fuse_create_in.pack(flags, mode, umask, open_flags) + _name(name) + extensions
         reply = self.request(abi.FUSE_CREATE, parent, body, abi.fuse_entry_out.size + abi.fuse_open_out.size)
         return Entry.decode(reply[: abi.fuse_entry_out.size]), Opened(*abi.fuse_open_out.unpack(reply[abi.fuse_entry_out.size :]))
 
@@ -218,14 +227,16 @@ class FuseClient(FuseSession):
 
     # Open files
 
-    def open(self, nodeid: int, flags: int = os.O_RDONLY) -> Opened:
-        return self._open(abi.FUSE_OPEN, nodeid, flags)
+    def open(self, nodeid: int, flags: int = os.O_RDONLY, *, open_flags: int = 0) -> Opened:
+        """`open_flags`: FUSE_OPEN_*."""
+        return self._open(abi.FUSE_OPEN, nodeid, flags, open_flags)
 
     def opendir(self, nodeid: int, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> Opened:
         return self._open(abi.FUSE_OPENDIR, nodeid, flags)
 
-    def _open(self, opcode: int, nodeid: int, flags: int) -> Opened:
-        return Opened(*abi.fuse_open_out.unpack(self.request(opcode, nodeid, abi.fuse_open_in.pack(flags, 0), abi.fuse_open_out.size)))
+    def _open(self, opcode: int, nodeid: int, flags: int, open_flags: int = 0) -> Opened:
+        body = abi.fuse_open_in.pack(flags, open_flags)
+        return Opened(*abi.fuse_open_out.unpack(self.request(opcode, nodeid, body, abi.fuse_open_out.size)))
 
     def send_read(self, nodeid: int, fh: int, offset: int, size: int, *, queue: int | None = None, kick: bool = True) -> Pending:
         return self.send(abi.FUSE_READ, nodeid, abi.fuse_read_in.pack(fh, offset, size, 0, 0, 0), size, queue=queue, kick=kick)

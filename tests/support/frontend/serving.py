@@ -106,7 +106,7 @@ class Pool:
         key = (name, options)
         served = self._served.get(key)
         if served is None or not served.daemon.running:
-            served = self._served[key] = start(self._make_folder(), options)
+            served = self._served[key] = start(self._make_folder(), options, queues=options.request_queues + 1)
             _warm_up(served)
         served.log_mark = len(served.daemon.log)
         served.expected_log.clear()
