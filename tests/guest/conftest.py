@@ -1,4 +1,6 @@
-"""One daemon and one booted guest of each kind serve the whole run; each test works in a directory of its own.
+"""One daemon and one booted guest serve all tests of a configuration (configurations.py); each test works in a directory of its own.
+
+pytest runs the tests of a configuration together, in random order, and ends its daemon and guest before the next begins.
 
 After every test the guest drops its caches, and the process that keeps the inodes must hold as many descriptors as before.
 `VFSD_TEST_DAEMON=rust|c` runs the same tests against another daemon, `VFSD_TEST_DAEMON_OPTIONS` adds options,
@@ -17,20 +19,15 @@ from typing import Any
 import pytest
 
 from tests.guest import probes
+from tests.guest.configurations import FULL, KINDS, Configuration, configurations, extra_options
 from tests.support.guest.daemons import Daemon, daemon_under_test
-from tests.support.guest.guest import Guest, QemuGuest, UmlGuest
+from tests.support.guest.guest import Guest
 
-KINDS: dict[str, type[Guest]] = {"uml": UmlGuest, "qemu": QemuGuest}
-FULL = os.environ.get("VFSD_TEST_FULL") == "1"
 SETTLE_SECONDS = 15.0
 
 
 def pytest_report_header() -> str:
-    return f"guest tests: daemon {daemon_under_test().name} {' '.join(daemon_options())}{', full sizes' if FULL else ''}"
-
-
-def daemon_options() -> list[str]:
-    return os.environ.get("VFSD_TEST_DAEMON_OPTIONS", "").split()
+    return f"guest tests: daemon {daemon_under_test().name} {' '.join(extra_options())}{', full sizes' if FULL else ''}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,15 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Serving:
     """A daemon, a guest that has mounted its share at /mnt, and the share's directory on the host."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, configuration: Configuration) -> None:
+        self.configuration = configuration
         with ExitStack() as stack:
             # not below pytest's own temporary directory: that may be a tmpfs, which has no file handles worth testing
             self.host = tempfile.mkdtemp(prefix="share-", dir="/var/tmp")
             stack.callback(shutil.rmtree, self.host, ignore_errors=True)
             os.chmod(self.host, 0o755)
-            self.daemon: Daemon = stack.enter_context(daemon_under_test()(self.host, options=daemon_options()))
-            self.guest: Guest = stack.enter_context(KINDS[kind]([self.daemon.socket]))
+            self.daemon: Daemon = stack.enter_context(daemon_under_test()(self.host, options=configuration.options))
+            self.guest: Guest = stack.enter_context(KINDS[configuration.kind]([self.daemon.socket]))
             self.guest.daemon_ended = self.daemon.ended
             self.guest.mount()
             self._stack = stack.pop_all()
@@ -85,7 +82,7 @@ class Share:
 
     def __init__(self, serving: Serving, name: str) -> None:
         self.serving = serving
-        self.kind = serving.kind
+        self.configuration = serving.configuration
         self.guest = serving.guest
         self.host = f"{serving.host}/{name}"
         self.inside = f"/mnt/{name}"
@@ -104,30 +101,52 @@ class Share:
         if self.call(probes.survey_digest, inside, timeout=600) != probes.survey_digest(host):
             assert self.call(probes.survey, inside, timeout=600) == probes.survey(host)
 
-    def full(self, value: int, everyday_in_qemu: int, everyday_in_uml: int | None = None) -> int:
-        """A size that a guest takes minutes for is reduced in everyday runs: QEMU has no KVM here, User-Mode Linux is faster."""
-        if FULL:
-            return value
-        return everyday_in_qemu if self.kind != "uml" else everyday_in_uml or value
+    def maps_shared(self) -> bool:
+        """Whether a file can be mapped to be shared: without a cache only where kernel and option allow it."""
+        allowed = "--allow-mmap" in self.configuration.options and self.guest.kernel >= (6, 6)
+        return self.configuration.cache != "never" or allowed
+
+    def size(self, full: int, everyday: int, everyday_once: int | None = None) -> int:
+        """How much of something: all of it in one configuration of a full run, more than a little in one of an everyday run."""
+        if self.configuration.number > 0:
+            return everyday
+        return full if FULL else everyday_once or full
 
 
-@pytest.fixture(scope="session")
-def servings() -> Iterator[dict[str, Serving]]:
-    started: dict[str, Serving] = {}
-    yield started
-    with ExitStack() as stack:
-        for serving in started.values():
-            stack.callback(serving.close)
+class Servings:
+    """What serves a configuration, started when first needed, and again after a test broke it."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        self.configuration = configuration
+        self._running: Serving | None = None
+
+    def usable(self) -> Serving:
+        if self._running is not None and not self._running.usable():
+            self.close()
+        if self._running is None:
+            self._running = Serving(self.configuration)
+        return self._running
+
+    def close(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.close()
 
 
-@pytest.fixture(params=[pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in KINDS])
-def serving(request: pytest.FixtureRequest, servings: dict[str, Serving]) -> Serving:
-    kind = request.param
-    if kind in servings and not servings[kind].usable():
-        servings.pop(kind).close()
-    if kind not in servings:
-        servings[kind] = Serving(kind)
-    return servings[kind]
+def _parameter(configuration: Configuration) -> Any:
+    return pytest.param(configuration, id=str(configuration), marks=getattr(pytest.mark, configuration.kind.partition("-")[0]))
+
+
+@pytest.fixture(scope="session", params=[_parameter(configuration) for configuration in configurations()])
+def servings(request: pytest.FixtureRequest) -> Iterator[Servings]:
+    servings = Servings(request.param)
+    yield servings
+    servings.close()
+
+
+@pytest.fixture
+def serving(servings: Servings) -> Serving:
+    return servings.usable()
 
 
 @pytest.fixture

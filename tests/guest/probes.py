@@ -351,7 +351,9 @@ def use_temporary_file(folder, name):
             return None
         raise
     os.write(descriptor, b"named late")
-    os.link(f"/proc/self/fd/{descriptor}", f"{folder}/{name}", follow_symlinks=True)
+    own = os.open("/proc/self/fd", os.O_RDONLY)  # without a directory Python calls link(2), which does not follow
+    os.link(str(descriptor), f"{folder}/{name}", src_dir_fd=own, follow_symlinks=True)
+    os.close(own)
     os.close(descriptor)
     return read_text(f"{folder}/{name}")
 

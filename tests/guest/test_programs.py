@@ -17,7 +17,7 @@ def on_host(*argv: str) -> str:
 @pytest.mark.timeout(600)
 def test_git_works_and_the_host_agrees(share: Share) -> None:
     repository = f"{share.inside}/repository"
-    probes_made = share.full(400, 150)
+    probes_made = share.size(400, 40, 200)
     share.guest.check("git", "init", "--quiet", "--initial-branch=main", repository)
     share.call(probes.make_tree, f"{repository}/tree", probes_made)
     share.guest.check("git", "add", ".", cwd=repository, env=GIT)
@@ -38,7 +38,7 @@ def test_git_works_and_the_host_agrees(share: Share) -> None:
 
 @pytest.mark.timeout(1200)
 def test_a_large_tree_is_copied_out_and_in(share: Share) -> None:
-    files = share.full(20_000, 1_000, 4_000)
+    files = share.size(20_000, 200, 3_000)
     probes.make_tree(f"{share.host}/tree", files)
     expected = probes.contents_digest(f"{share.host}/tree")
     share.guest.check("cp", "-a", f"{share.inside}/tree", "/tmp/tree", timeout=900)
@@ -50,7 +50,7 @@ def test_a_large_tree_is_copied_out_and_in(share: Share) -> None:
 
 @pytest.mark.timeout(1200)
 def test_dd_both_ways(share: Share) -> None:
-    size_mib = share.full(1024, 128)
+    size_mib = share.size(1024, 16, 256)
     probes.write_pattern(f"{share.host}/pattern", size_mib << 20)
     expected = probes.digest(f"{share.host}/pattern")
     read = share.guest.check("sh", "-c", f"dd if='{share.inside}/pattern' bs=1M 2>/dev/null | sha256sum", timeout=900)
@@ -60,7 +60,7 @@ def test_dd_both_ways(share: Share) -> None:
 
 
 def test_tar_unpacks_on_the_share_what_it_packed(share: Share) -> None:
-    files = share.full(2_000, 500)
+    files = share.size(2_000, 100, 500)
     probes.make_tree(f"{share.host}/tree", files)
     share.guest.check("sh", "-c", f"cd '{share.inside}' && tar -cf packed.tar tree && mkdir out && tar -xf packed.tar -C out", timeout=300)
     assert probes.contents_digest(f"{share.host}/out/tree") == probes.contents_digest(f"{share.host}/tree")
