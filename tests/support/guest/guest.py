@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, NamedTuple, Self
 
 from tests.support.guest.images import Image, qemu_image, uml_image
@@ -151,12 +151,16 @@ class Guest(ABC):
         return self._console_text.decode(errors="replace")
 
     def call(self, function: Callable[..., Any], *arguments: Any, timeout: float = CALL_TIMEOUT_SECONDS) -> Any:
-        """Runs a module-level function in the guest. Its module is sent over as source, so it may import the standard library only."""
+        """Runs a module-level function in the guest. Its module may import the standard library, and what was loaded before."""
         module = sys.modules[function.__module__]
+        self.load(module, timeout)
+        return self._request("call", {"module": module.__name__, "function": function.__name__, "arguments": list(arguments)}, timeout)
+
+    def load(self, module: ModuleType, timeout: float = CALL_TIMEOUT_SECONDS) -> None:
+        """Sends a module over as source, once; modules that import each other go in the order of their imports."""
         if module.__name__ not in self._loaded:
             self._request("load", {"name": module.__name__, "source": inspect.getsource(module)}, timeout)
             self._loaded.add(module.__name__)
-        return self._request("call", {"module": module.__name__, "function": function.__name__, "arguments": list(arguments)}, timeout)
 
     def python(self, source: str, timeout: float = CALL_TIMEOUT_SECONDS, **names: Any) -> Any:
         """Runs statements in the guest; the value is what they assign to `result`."""

@@ -1,0 +1,106 @@
+"""What virtio-fs cannot make the same as the host's own file system: each difference, why, and where it holds.
+
+Only what the guest's kernel decides before the daemon is asked belongs here, or what it does not tell the daemon. A test
+checks that each of these still differs, so that an entry goes when its reason does.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a difference may depend on: the guest's kernel and the daemon's options."""
+
+    kernel: tuple[int, int]
+    options: tuple[str, ...]
+
+    @property
+    def writeback(self) -> bool:
+        return "--writeback" in self.options
+
+    @property
+    def handles(self) -> bool:
+        return "--inode-file-handles=never" not in self.options
+
+
+def everywhere(_: Facts) -> bool:
+    return True
+
+
+def without_idle_set_gid(record: str) -> str:
+    """A record with the set-group-ID bit taken from modes that give the group no execution."""
+
+    def plain(mode: re.Match[str]) -> str:
+        bits = int(mode[1], 8)
+        return f"0o{bits if bits & 0o010 else bits & ~0o2000:o}"
+
+    return re.sub(r"\b0o([0-7]+)\b", plain, record)
+
+
+@dataclass(frozen=True)
+class Difference:
+    catalogue: str  # which scenarios show it
+    reason: str
+    where: str  # matches "scenario | step", or "scenario | leaves path"
+    applies: Callable[[Facts], bool] = everywhere
+    leaving_out: Callable[[str], str] | None = None  # explains it only if the records are equal without this
+
+    def explains(self, place: str, host: str, guest: str, facts: Facts) -> bool:
+        if not self.applies(facts) or re.search(self.where, place) is None:
+            return False
+        return self.leaving_out is None or self.leaving_out(host) == self.leaving_out(guest)
+
+
+DIFFERENCES = [
+    Difference(
+        "owners",
+        "chown(2) with both ids -1: the guest's kernel sends neither, and an empty SETATTR does not say that it was a chown",
+        r"\| .*'l?chown', .*, -1, -1\)$",
+    ),
+    Difference(
+        "contents",
+        "lseek(2): FUSE's largest file size is the largest offset there is, ext4's is smaller",
+        r"^no room for such an offset \| .*'seek', 'f', 9223372036854775807",
+    ),
+    Difference(
+        "contents",
+        "fallocate(2): the guest's kernel passes on KEEP_SIZE, PUNCH_HOLE and ZERO_RANGE, and refuses the other modes itself",
+        r"^fallocate with mode (8|32|64|128) \|",
+    ),
+    Difference(
+        "owners",
+        "open(O_RDONLY|O_TRUNC) of a running program: the guest's kernel lets the daemon truncate with the open, then finds ETXTBSY",
+        r"^running a program, .* \| (.*'RDONLY TRUNC'\)|leaves p$)",
+    ),
+    Difference(
+        "owners",
+        "a kernel before 6.3 does not say which supplementary groups its caller has, and set-gid is kept for members only",
+        r"^user creates in 2777 of group 3000 .* \| .*(open|mkdir|fifo|file|sock)(2755|7777|2644)\b",
+        lambda facts: facts.kernel < (6, 3),
+    ),
+    Difference(
+        "names",
+        "a removed directory that is somebody's working directory: a file handle does not keep it alive",
+        r"^an open directory without a name \| .*'(rmdir|lstat|list|mkdir|open|symlink|chmod|rename)', ",
+        lambda facts: facts.handles,
+    ),
+    Difference(
+        "names",
+        "renameat2(RENAME_WHITEOUT): the daemon renames as root, so the whiteout that it leaves is root's and not the caller's",
+        r"^rename \[\] \['white', 4\], user \|",
+    ),
+    Difference(
+        "contents",
+        "lseek(SEEK_DATA, SEEK_HOLE) with write-back: the guest's kernel asks the daemon about data that it has not sent yet",
+        r" \| .*'(DATA|HOLE)'\)$",
+        lambda facts: facts.writeback,
+    ),
+    Difference(
+        "owners",
+        "set-gid without group execution stays when a member of the group writes, and FUSE does not say which groups a writer is in",
+        r"^(user|owner|stranger|root|set-id bits|walk) ",
+        leaving_out=without_idle_set_gid,
+    ),
+]
