@@ -176,3 +176,18 @@ def test_an_ioctl_needs_an_open_file(fs):
     fs.put("file")
     with raises(errno.EBADF):
         fs.client.ioctl(fs.lookup(b"file"), 4711, filecalls.FS_IOC_GETFLAGS, out_size=4)
+
+
+# RENAME_WHITEOUT
+
+
+def test_a_whiteout_belongs_to_who_renamed(fs):
+    """As overlayfs's upper layer needs it: a character device 0:0 in the old place."""
+    os.chmod(fs.host, 0o777)
+    fs.put("file", b"abc")
+    os.chown(fs.host / "file", 1000, 1001)
+    with fs.client.acting_as(1000, 1001):
+        fs.client.rename2(fs.dir, b"file", fs.dir, b"moved", 4)
+    left = os.lstat(fs.host / "file")
+    assert (stat.S_IFMT(left.st_mode), left.st_rdev, left.st_uid, left.st_gid) == (stat.S_IFCHR, 0, 1000, 1001)
+    assert fs.get("moved") == b"abc"

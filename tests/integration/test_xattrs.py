@@ -233,6 +233,8 @@ def test_remapped_capabilities_go_when_the_file_changes(mapped):
         lambda: client.setattr(nodeid, uid=1, gid=1),
         lambda: client.release(nodeid, client.open(nodeid, os.O_WRONLY | os.O_TRUNC).fh),
         lambda: client.fallocate(nodeid, client.open(nodeid, os.O_RDWR).fh, 0, 100),
+        lambda: client.write(nodeid, client.open(nodeid, os.O_RDWR).fh, 0, b"changed"),
+        lambda: client.copy_file_range((nodeid, (fh := client.open(nodeid, os.O_RDWR).fh), 0), (nodeid, fh, 50), 5),
     ):
         client.setxattr(nodeid, b"security.capability", CAPABILITY)
         assert os.getxattr(path, "user.virtiofs.security.capability") == CAPABILITY

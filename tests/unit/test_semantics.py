@@ -16,16 +16,6 @@ MEASURED = {49}  # speed is measured, not tested
 _ROW = re.compile(r"^\| (?P<first>[A-Z0-9_]+) \|(?P<rest>.*)\|$", re.MULTILINE)
 _TEST = re.compile(r"`([a-z]+/test_\w+\.py)::(test_\w+)`")
 
-# Named in the tables before the operation itself is in the tree. To be empty.
-TO_COME = {
-    "guest/test_extended_attributes.py",
-    "integration/test_acls_and_labels.py",
-    "integration/test_callers.py",
-    "integration/test_locks.py",
-    "integration/test_xattrs.py",
-    "unit/test_server_xattrs.py",
-}
-
 ROWS = {match["first"]: match["rest"] for match in _ROW.finditer(TEXT)}
 NAMED = sorted({f"{path}::{name}" for path, name in _TEST.findall(TEXT)})
 
@@ -41,16 +31,8 @@ def exists(test):
     return (TESTS / path).exists() and name in functions_of(path)
 
 
-def is_to_come(test):
-    return any(test.startswith(prefix) for prefix in TO_COME)
-
-
 def test_every_test_that_is_named_exists():
-    assert [test for test in NAMED if not exists(test) and not is_to_come(test)] == []
-
-
-def test_nothing_is_to_come_that_is_there():
-    assert [prefix for prefix in TO_COME if all(exists(test) for test in NAMED if test.startswith(prefix))] == []
+    assert [test for test in NAMED if not exists(test)] == []
 
 
 def test_every_property_is_in_the_table():

@@ -214,8 +214,9 @@ def answer_fallocate(share: Share, call: Call, message: FAllocate) -> Answer:
 
 
 def answer_after_write(share: Share, call: Call, message: AfterWrite) -> Answer:
-    """All that has to be done about a file's privileges after a worker has written to it on behalf of a privileged writer."""
+    """All that has to be done about a file's privileges after a worker has written to it."""
     with share.files.pin(message.nodeid, message.fh, call.session) as opened:
+        drop_remapped_capability(share, opened.fd.fileno())
         share.files.set_id.restore(opened.nodeid, opened.fd.fileno(), message.set_id_bits, share.proc_self_fd)
     return NOTHING
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import nullcontext
 
 from vfsd.broker.answers import NOTHING, Answer, Call
 from vfsd.broker.credentials import caller_of
@@ -25,7 +26,9 @@ from vfsd.wire.broker_messages import Link, Lookup, LookupMany, MkDir, MkNod, Re
 
 _AS_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _PERMISSIONS = 0o7777
-_RENAME_FLAGS = 1 | 2 | 4  # RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT
+_RENAME_WHITEOUT = 4
+_RENAME_FLAGS = 1 | 2 | _RENAME_WHITEOUT  # RENAME_NOREPLACE, RENAME_EXCHANGE
+_UNKNOWN_ID = 0xFFFFFFFF  # not told
 
 
 def check_name(name: bytes) -> None:
@@ -164,5 +167,7 @@ def answer_rename(share: Share, call: Call, message: Rename) -> Answer:
         share.path_of(parent) as old,
         share.path_of(new_parent) as new,
     ):
-        filecalls.renameat2(old.fd, message.name, new.fd, message.new_name, message.flags)
+        whiteout = message.flags & _RENAME_WHITEOUT and _UNKNOWN_ID not in (message.uid, message.gid)
+        with share.credentials.of_owner(message.uid, message.gid) if whiteout else nullcontext():
+            filecalls.renameat2(old.fd, message.name, new.fd, message.new_name, message.flags)
     return NOTHING

@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol
 
 from vfsd.broker.id_squash import IdSquash
@@ -80,10 +80,16 @@ class Credentials:
         host_decides = flags & (SESSION_SUPP_GROUPS | SESSION_POSIX_ACL) == SESSION_SUPP_GROUPS
         self._kept = 0 if host_decides else CAP_DAC_OVERRIDE
 
-    @contextmanager
-    def of_caller(self, caller: Caller) -> Iterator[None]:
+    def of_caller(self, caller: Caller) -> AbstractContextManager[None]:
         """Be the caller on this thread inside the block. OSError if the host refuses the ids, ReplyErrno if the user forbade them."""
-        kept = _OF_ROOT if caller.uid == 0 else self._kept
+        return self._being(caller, _OF_ROOT if caller.uid == 0 else self._kept)
+
+    def of_owner(self, uid: int, gid: int) -> AbstractContextManager[None]:
+        """As `of_caller`, for what is made by the way (a whiteout): with all capabilities, as the guest's kernel has permitted the rest."""
+        return self._being(Caller(uid, gid), self._permitted or 0)
+
+    @contextmanager
+    def _being(self, caller: Caller, kept: int) -> Iterator[None]:
         if self._ids is not None:
             caller = _on_host(self._ids, caller)
         if _NOBODY_AT_ALL in (caller.uid, caller.gid):

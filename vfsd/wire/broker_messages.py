@@ -231,11 +231,15 @@ class RmDir(NamedTuple):
 
 
 class Rename(NamedTuple):
+    """`uid`, `gid`: of whom a whiteout will be that it leaves."""
+
     parent: int
     name: bytes
     new_parent: int
     new_name: bytes
     flags: int
+    uid: int = 0
+    gid: int = 0
 
 
 class Link(NamedTuple):
@@ -324,7 +328,10 @@ class FAllocate(NamedTuple):
 
 
 class AfterWrite(NamedTuple):
-    """A worker, who is nobody, wrote to a file that had these set-id bits, on behalf of somebody whose write leaves them."""
+    """A worker, who is nobody, wrote to a file that had these set-id bits, on behalf of somebody whose write leaves them.
+
+    With none, where file capabilities are kept under another name (`--xattrmap`): the host's kernel does not remove those.
+    """
 
     nodeid: int
     fh: int
@@ -487,7 +494,7 @@ REQUESTS = (
     Spec(18, MkDir, (U64, NAME, MODE, *_CALLER, *_LABEL), _ENTRY, 0, in_session=True, resembles="mkdirat"),
     Spec(19, Unlink, (U64, NAME), (), 0, in_session=True, resembles="unlinkat"),
     Spec(20, RmDir, (U64, NAME), (), 0, in_session=True, resembles="unlinkat(AT_REMOVEDIR)"),
-    Spec(21, Rename, (U64, NAME, U64, NAME, U32), (), 0, in_session=True, resembles="renameat2"),
+    Spec(21, Rename, (U64, NAME, U64, NAME, U32, U32, U32), (), 0, in_session=True, resembles="renameat2"),
     Spec(22, Link, (U64, U64, NAME), _ENTRY, 0, in_session=True, resembles="linkat"),
     Spec(23, Open, (U64, U32, BOOL), _OPENED, 1, in_session=True, resembles="open_by_handle_at or openat(/proc/self/fd)"),
     Spec(24, OpenDir, (U64,), _OPENED, 1, in_session=True, resembles='openat(".", O_DIRECTORY)'),

@@ -152,7 +152,7 @@ def write(fs: FileSystem, request: Request) -> Outcome | Waiting:
     started = time.monotonic()
     written = work(opened.fd)
     opened.mount.took(started)
-    if keeps and (written.set_id_bits or fs.keepers.seen(request.nodeid)):
+    if fs.features.capability_remapped or (keeps and (written.set_id_bits or fs.keepers.seen(request.nodeid))):
         return _write_restored(fs, request, fh, written)
     return abi.fuse_write_out.pack(written.length())
 
@@ -161,12 +161,12 @@ def _write_pooled(fs: FileSystem, request: Request, fh: int, work: Callable[[int
     with fs.keepers.joined(request.nodeid) as group:
         opened = yield from fs.fetch(request.nodeid, fh)
         written: Written = yield from on_pool(opened, lambda: work(opened.fd))
-        return abi.fuse_write_out.pack((yield from _restored(group, request.nodeid, fh, written)))
+        return abi.fuse_write_out.pack((yield from _restored(fs, group, request.nodeid, fh, written)))
 
 
 def _write_restored(fs: FileSystem, request: Request, fh: int, written: Written) -> Waiting:
     with fs.keepers.joined(request.nodeid) as group:
-        return abi.fuse_write_out.pack((yield from _restored(group, request.nodeid, fh, written)))
+        return abi.fuse_write_out.pack((yield from _restored(fs, group, request.nodeid, fh, written)))
 
 
 class Written(NamedTuple):
@@ -192,12 +192,13 @@ def _written(fd: int, keeps: bool, call: Callable[[], int]) -> Written:
         return Written(0, error.errno or errno.EIO, keeps, bits)
 
 
-def _restored(group: Group, nodeid: int, fh: int, written: Written) -> Generator[wire.Request | Job, Any, int]:
-    """How much was written, once the set-id bits are back. The data is there also if they cannot be put back."""
+def _restored(fs: FileSystem, group: Group, nodeid: int, fh: int, written: Written) -> Generator[wire.Request | Job, Any, int]:
+    """How much was written, once the file's privileges are as they must be. The data is there also if they cannot be made so."""
     group.bits |= written.set_id_bits
-    if written.keeps and group.bits:
+    bits = group.bits if written.keeps else 0
+    if bits or fs.features.capability_remapped:
         with suppress(ReplyErrno):
-            yield wire.AfterWrite(nodeid, fh, group.bits)
+            yield wire.AfterWrite(nodeid, fh, bits)
     return written.length()
 
 
@@ -269,7 +270,7 @@ def _copy(fs: FileSystem, request: Request) -> Generator[wire.Request | Job, Any
             written: Written = yield from _copy_between(source, target, keeps, length, offset_in, offset_out)
         finally:
             source.unpin()
-        return (yield from _restored(group, nodeid_out, fh_out, written))
+        return (yield from _restored(fs, group, nodeid_out, fh_out, written))
 
 
 def _copy_between(

@@ -72,7 +72,7 @@ def rename2(_fs: FileSystem, request: Request) -> Waiting:
 
 def _rename(request: Request, start: int, new_parent: int, flags: int) -> Waiting:
     old, new = request.names(start, 2)
-    yield wire.Rename(request.nodeid, check_name(old), new_parent, check_name(new), flags)
+    yield wire.Rename(request.nodeid, check_name(old), new_parent, check_name(new), flags, request.uid, request.gid)
     return b""
 
 

@@ -87,11 +87,6 @@ DIFFERENCES = [
         lambda facts: facts.handles,
     ),
     Difference(
-        "names",
-        "renameat2(RENAME_WHITEOUT): the daemon renames as root, so the whiteout that it leaves is root's and not the caller's",
-        r"^rename \[\] \['white', 4\], user \|",
-    ),
-    Difference(
         "contents",
         "lseek(SEEK_DATA, SEEK_HOLE) with write-back: the guest's kernel asks the daemon about data that it has not sent yet",
         r" \| .*'(DATA|HOLE)'\)$",
