@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.guest import probes
-from tests.guest.conftest import KINDS, daemon_options
+from tests.guest.configurations import FULL, KINDS, extra_options
 from tests.support.guest.daemons import VfsdDaemon
 from tests.support.guest.guest import Guest, UmlGuest
 
-GUESTS = [pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in KINDS]
+GUESTS = [pytest.param(kind, marks=getattr(pytest.mark, kind.partition("-")[0])) for kind in KINDS if FULL or kind != "qemu"]
 RULES = """
     :prefix:all:trusted.:user.virtiofs.: :bad:server::trusted.:
     :prefix:all:security.:user.virtiofs.: :bad:server::security.:
@@ -42,7 +42,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     host = tmp_path_factory.mktemp("share")
     host.chmod(0o755)
     with ExitStack() as stack:
-        daemon = stack.enter_context(VfsdDaemon(str(host), options=[*daemon_options(), *OPTIONS]))
+        daemon = stack.enter_context(VfsdDaemon(str(host), options=[*extra_options(), *OPTIONS]))
         guest = stack.enter_context(KINDS[request.param]([daemon.socket]))
         guest.daemon_ended = daemon.ended
         guest.mount()

@@ -23,6 +23,7 @@ from vfsd.worker.io_pool import Job
 from vfsd.worker.ops_files import on_pool
 from vfsd.worker.request import OUT_HEADER_BYTES, Request
 
+_NAMES_AT_ONCE = 32  # looked up by one message: the broker takes other workers' requests between two
 _MOST_BYTES = 64 * 1024  # one reply's worth of entries; the guest asks again
 _DIRENT64 = struct.Struct("<QqHB")  # struct linux_dirent64: d_ino, d_off, d_reclen, d_type; d_name follows
 _ROOT_NODEID = 1
@@ -72,8 +73,8 @@ def readdirplus(fs: FileSystem, request: Request) -> Waiting:
     entries = yield from _read_entries(fs, request, abi.fuse_entry_out.size)
     names = [entry.name for entry in entries if entry.name not in _DOTS]
     found: dict[bytes, bytes] = {}
-    for start in range(0, len(names), wire.MAX_NAMES_PER_LOOKUP):
-        batch = names[start : start + wire.MAX_NAMES_PER_LOOKUP]
+    for start in range(0, len(names), _NAMES_AT_ONCE):
+        batch = names[start : start + _NAMES_AT_ONCE]
         given: Given = yield wire.LookupMany(request.nodeid, batch)
         for name, (error, nodeid, attr) in zip(batch, given.fields, strict=True):
             if not error:
