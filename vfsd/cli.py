@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -23,6 +24,7 @@ from vfsd.sandbox.id_maps import IdMap, IdRange, decode_id_range, find_overlap
 # What libvirt reads to learn how to write our command line; `migrate-precopy` is not there until migration is.
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
 
+_MOST_DIGITS = 20  # of 2^63 and its sign
 _LARGEST_FD = 2**31 - 1
 _DESCRIPTION = "Serve a directory to a virtual machine over vhost-user-fs. The guest mounts it with: mount -t virtiofs TAG DIR"
 _EPILOG = "SIGTERM and SIGINT end vfsd with exit status 0; so does the frontend when it closes the connection."
@@ -32,10 +34,9 @@ def _bounded_int(smallest: int, largest: int) -> type[int]:
     """An argparse type; argparse shows the error's text behind the option's name."""
 
     def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number; give one from {smallest} to {largest}") from None
+        if not (text.isascii() and text.removeprefix("-").isdecimal() and len(text) <= _MOST_DIGITS):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number; give one from {smallest} to {largest}")
+        value = int(text)
         if not smallest <= value <= largest:
             raise argparse.ArgumentTypeError(f"{value} is out of range; give a number from {smallest} to {largest}")
         return value
@@ -148,7 +149,7 @@ def _add_share_options(parser: argparse.ArgumentParser) -> None:
 def _add_feature_options(parser: argparse.ArgumentParser) -> None:
     """What the guest may do beyond the plain operations."""
     group = parser.add_argument_group("what the guest may do with it")
-    group.add_argument("--xattr", action=argparse.BooleanOptionalAction, default=False, help="extended attributes (default: off)")
+    group.add_argument("--xattr", action=argparse.BooleanOptionalAction, default=None, help="extended attributes (default: off)")
     group.add_argument(
         "--xattrmap",
         type=_xattrmap,
@@ -231,6 +232,8 @@ def parse_options(argv: Sequence[str]) -> Options:
     found = parser.parse_args(argv)
     if found.socket_group is not None and found.fd is not None:
         parser.error("argument --socket-group: not allowed with argument --fd; set the group where the socket is made")
+    if found.xattr is False and _implies_xattr(found):
+        parser.error(f"argument --no-xattr: not allowed with argument {_implies_xattr(found)[0]}, which needs extended attributes")
     handles: HandleMode = "prefer" if found.inode_file_handles == "fallback" else found.inode_file_handles
     return Options(
         shared_dir=found.shared_dir,
@@ -258,10 +261,19 @@ def parse_options(argv: Sequence[str]) -> Options:
     )
 
 
+def _implies_xattr(found: argparse.Namespace) -> list[str]:
+    """The options given that are about extended attributes."""
+    given = {
+        "--xattrmap": found.xattrmap is not None,
+        "--posix-acl": found.posix_acl != "off",
+        "--security-label": found.security_label != "off",
+    }
+    return [option for option, is_given in given.items() if is_given]
+
+
 def _features(found: argparse.Namespace) -> Features:
-    implied = found.xattrmap is not None or found.posix_acl != "off" or found.security_label != "off"
     return Features(
-        xattr=found.xattr or implied,
+        xattr=bool(found.xattr or _implies_xattr(found)),
         posix_acl=found.posix_acl,
         security_label=found.security_label,
         killpriv_v2=found.killpriv_v2,
@@ -291,8 +303,15 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main() -> NoReturn:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _leave)
     _occupy_standard_fds()
     sys.exit(run(sys.argv[1:]))
+
+
+def _leave(_number: int, _frame: object) -> NoReturn:
+    """A signal to end before there is a supervisor to heed it: what was made is removed on the way out."""
+    sys.exit(0)
 
 
 def _occupy_standard_fds() -> None:

@@ -172,8 +172,8 @@ def check_starter(options: Options) -> None:
 def resolve_share(options: Options) -> bytes:
     """The shared directory's real path: the children start in `/`. Raises ConfigError if it is not a directory."""
     option = f"--shared-dir={os.fsdecode(options.shared_dir)}"
-    path = os.path.realpath(options.shared_dir)
     try:
+        path = os.path.realpath(options.shared_dir)
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise ConfigError(f"{option}: does not exist; name a directory that exists") from None

@@ -96,7 +96,9 @@ def _credentials(config: BrokerConfig, log: ChildLog, ids: IdMaps | None) -> Cre
     own = (config.own_uid, config.own_gid)
     if capabilities.may("SETUID") and capabilities.may("SETGID"):
         permitted = capabilities.mask_of(config.confinement.capabilities) & capabilities.permitted()
-        return Credentials(permitted, own, IdSquash(own, config.uid_map, config.gid_map, log), ids)
+        return Credentials(
+            permitted, own, IdSquash(own, config.uid_map, config.gid_map, log, may_set_groups=config.confinement.may_drop_groups), ids
+        )
     return Credentials(None, own, IdSquash(own, (), (), log), ids)
 
 

@@ -36,6 +36,7 @@ from vfsd.wire.broker_messages import (
 )
 
 _REFUSED_FLAGS = os.O_CREAT | (os.O_TMPFILE & ~os.O_DIRECTORY)
+_MOST_UNCLOSED = 128
 _READ_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _UNNAMED_FILE = os.O_TMPFILE | os.O_CLOEXEC
 # linux/falloc.h, without NO_HIDE_STALE (4), which no file system has: as the filter allows it.
@@ -54,6 +55,7 @@ def _open_existing(share: Share, call: Call, inode: Pin, flags: int, kill: int) 
     _refuse_writing(share, flags)
     if inode.is_directory and flags & os.O_ACCMODE != os.O_RDONLY:
         raise ReplyErrno(errno.EISDIR)
+    share.require_room_for_fd()  # before anything is truncated
     if flags & os.O_TRUNC:
         with share.path_of(inode) as path:
             drop_remapped_capability(share, path.fd)
@@ -110,6 +112,7 @@ def answer_opendir(share: Share, call: Call, message: OpenDir) -> Answer:
 def answer_create(share: Share, call: Call, message: Create) -> Answer:
     """Make and open a file as the caller; an existing one is opened as OPEN would, unless the caller wanted it new."""
     check_name(message.name)
+    share.require_room_for_fd()  # before anything is made
     with share.store.pin(message.parent, call.session) as parent:
         made = _create(share, parent, message)
         if made is None:
@@ -134,6 +137,7 @@ def answer_tmpfile(share: Share, call: Call, message: TmpFile) -> Answer:
     """A file without a name, made as the caller; with O_EXCL it never gets one."""
     if message.flags & os.O_ACCMODE == os.O_RDONLY:
         raise ReplyErrno(errno.EINVAL)
+    share.require_room_for_fd()
     flags = message.flags & (share.settings.open_flags | os.O_EXCL) & ~os.O_TRUNC | _UNNAMED_FILE
     label = label_of(share, message)
     with share.store.pin(message.parent, call.session) as parent:
@@ -176,6 +180,8 @@ def _open_found(share: Share, call: Call, parent: Pin, message: Create) -> Answe
 def answer_fetch(share: Share, call: Call, message: Fetch) -> Answer:
     """Another copy of an open file. A directory is opened anew: two workers must not share one reading position."""
     with share.files.pin(message.nodeid, message.fh, call.session) as opened:
+        if len(share.closer) > _MOST_UNCLOSED:  # of a server that does not answer
+            raise ReplyErrno(errno.ENFILE)
         if opened.is_directory:
             copy = OwnedFd(os.open(b".", _READ_DIRECTORY | os.O_CLOEXEC, dir_fd=opened.fd.fileno()))
         else:

@@ -8,6 +8,7 @@ import stat
 
 from vfsd.broker import xattrs
 from vfsd.broker.answers import NOTHING, Answer, Call
+from vfsd.broker.inode_store import Pin
 from vfsd.broker.path_fds import PathFd
 from vfsd.broker.share import Share
 from vfsd.errors import ReplyErrno
@@ -30,17 +31,19 @@ def answer_setxattr(share: Share, call: Call, message: SetXattr) -> Answer:
         raise ReplyErrno(errno.EINVAL)
     host_name = xattrs.server_name(share, message.name)
     with share.store.pin(message.nodeid, call.session) as inode, share.path_of(inode) as path:
-        if message.kill_sgid and message.name == xattrs.ACCESS_ACL:
-            _kill_sgid(share, path)
         xattrs.set_value(path.fd, message.name, host_name, message.value, message.flags)
+        if message.kill_sgid and message.name == xattrs.ACCESS_ACL:
+            _kill_sgid(share, inode, path)
     return NOTHING
 
 
-def _kill_sgid(share: Share, path: PathFd) -> None:
-    """For a caller who is not in the file's group: the host's kernel would do it for him, but it is the broker who sets the ACL."""
-    mode = path.statx().mode
-    if mode & stat.S_ISGID:
-        os.chmod(xattrs.magic_link(path.fd), mode & 0o7777 & ~stat.S_ISGID, dir_fd=share.proc_self_fd)
+def _kill_sgid(share: Share, inode: Pin, path: PathFd) -> None:
+    """For a caller who is not in the file's group: the host's kernel would do it for him, but it is the broker who set the ACL."""
+    with share.files.set_id.changing(inode.nodeid) as record:
+        record.known &= ~stat.S_ISGID
+        mode = path.statx().mode
+        if mode & stat.S_ISGID:
+            os.chmod(xattrs.magic_link(path.fd), mode & 0o7777 & ~stat.S_ISGID, dir_fd=share.proc_self_fd)
 
 
 def answer_listxattr(share: Share, call: Call, message: ListXattr) -> Answer:

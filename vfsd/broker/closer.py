@@ -24,6 +24,7 @@ class Closer:
         self._lock = threading.Lock()
         self._fds: dict[int, deque[int]] = {}  # by mount; a mount that is here has a thread, or waits for one
         self._mounts: SimpleQueue[int] = SimpleQueue()
+        self._count = 0
 
     def start(self) -> None:
         for index in range(THREADS):
@@ -33,9 +34,14 @@ class Closer:
         """An OwnedFd that one of these threads closes."""
         return _DeferredFd(fd, mount, self)
 
+    def __len__(self) -> int:
+        """How many descriptors wait to be closed: they count as the guest's."""
+        return self._count
+
     def take(self, fd: int, mount: int) -> None:
         """Close it soon."""
         with self._lock:
+            self._count += 1
             waiting = self._fds.get(mount)
             if waiting is not None:
                 waiting.append(fd)
@@ -56,6 +62,7 @@ class Closer:
         with self._lock:
             waiting = self._fds[mount]
             if waiting:
+                self._count -= 1
                 return waiting.popleft()
             del self._fds[mount]
             return None

@@ -82,48 +82,55 @@ class Credentials:
 
     def of_caller(self, caller: Caller) -> AbstractContextManager[None]:
         """Be the caller on this thread inside the block. OSError if the host refuses the ids, ReplyErrno if the user forbade them."""
-        return self._being(caller, _OF_ROOT if caller.uid == 0 else self._kept)
+        is_root = caller.uid == 0
+        return self._being(caller, _OF_ROOT if is_root else self._kept, is_root=is_root)
 
     def of_owner(self, uid: int, gid: int) -> AbstractContextManager[None]:
         """As `of_caller`, for what is made by the way (a whiteout): with all capabilities, as the guest's kernel has permitted the rest."""
-        return self._being(Caller(uid, gid), self._permitted or 0)
+        return self._being(Caller(uid, gid), self._permitted or 0, is_root=True)
 
     @contextmanager
-    def _being(self, caller: Caller, kept: int) -> Iterator[None]:
+    def _being(self, caller: Caller, kept: int, *, is_root: bool) -> Iterator[None]:
+        """`kept`: capabilities. Whether all are kept is decided by who asks: one who only becomes root here (squashed) keeps no more."""
         if self._ids is not None:
             caller = _on_host(self._ids, caller)
         if _NOBODY_AT_ALL in (caller.uid, caller.gid):
             raise OSError(errno.EINVAL, "not a uid or gid")
         if self._squash is not None:
             caller = _settable(self._squash, caller)
-        if self._permitted is None or (caller.uid == 0 == self._own_uid and caller.gid == self._own_gid and not caller.groups):
+        as_root = is_root and caller.uid == 0
+        if self._permitted is None or (as_root and self._own_uid == 0 and caller.gid == self._own_gid and not caller.groups):
             with _umask(caller.umask):
                 yield
             return
+        if as_root:
+            kept = self._permitted
         self._become(caller, kept, self._permitted)
         try:
             with _umask(caller.umask):
                 yield
         finally:
-            self._return(caller, self._permitted)
+            self._return(caller, kept, self._permitted)
 
     def _become(self, caller: Caller, kept: int, permitted: int) -> None:
-        """The uid last: changing the others takes root. Who is root keeps all capabilities."""
+        """Uid and capabilities last: changing the others takes them."""
         try:
             if caller.groups:
                 filecalls.set_thread_groups(caller.groups)
             filecalls.set_thread_gid(caller.gid)
             if caller.uid != 0:
                 filecalls.set_thread_uid(caller.uid)  # clears the effective set, if we were uid 0
+            if caller.uid != 0 or kept != permitted:
                 filecalls.set_thread_effective_capabilities(permitted & kept, permitted)
         except OSError:
-            self._return(caller, permitted)
+            self._return(caller, kept, permitted)
             raise
 
-    def _return(self, caller: Caller, permitted: int) -> None:
+    def _return(self, caller: Caller, kept: int, permitted: int) -> None:
         try:
             if caller.uid != 0:
                 filecalls.set_thread_uid(self._own_uid)
+            if caller.uid != 0 or kept != permitted:
                 filecalls.set_thread_effective_capabilities(permitted, permitted)
             filecalls.set_thread_gid(self._own_gid)
             if caller.groups:

@@ -19,18 +19,19 @@ _REMEDY = (
 
 
 class IdSquash:
-    """`own`: uid and gid of the broker. An empty map: nothing else can be set."""
+    """`own`: uid and gid of the broker. An empty map: nothing else can be set. `may_set_groups`: setgroups(2) is not denied for good."""
 
-    def __init__(self, own: tuple[int, int], uid_map: IdMap, gid_map: IdMap, log: Log) -> None:
+    def __init__(self, own: tuple[int, int], uid_map: IdMap, gid_map: IdMap, log: Log, *, may_set_groups: bool = True) -> None:
         self._own_uid, self._own_gid = own
         self._uid_map = uid_map
         self._gid_map = gid_map
         self._log = log
+        self._may_set_groups = may_set_groups
         self._not_said = threading.Lock()  # taken by who says it, and never given back
 
     def settable_groups(self, groups: Sequence[int]) -> Sequence[int]:
-        """Those that can be set. A group that has no number here permits nothing here; of its own the broker is a member."""
-        return [gid for gid in groups if gid != self._own_gid and is_mapped(self._gid_map, gid)]
+        """Those that can be set. A group that has no number here permits nothing here."""
+        return [gid for gid in groups if is_mapped(self._gid_map, gid)] if self._may_set_groups else ()
 
     def settable(self, uid: int, gid: int) -> tuple[int, int]:
         """Each id as it is if it can be set, else vfsd's own."""

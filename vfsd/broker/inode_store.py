@@ -165,7 +165,10 @@ class InodeStore:
 
     def mount_of(self, nodeid: int) -> int:
         """The mount an inode lives on, 0 if it is not known. A hint for scheduling: taken without the lock."""
-        found = self._table.locate(nodeid)
+        try:
+            found = self._table.locate(nodeid)
+        except IndexError:  # the reaper was taking the pages of an ended session
+            return 0
         return found[0].mounts[found[1]] if found is not None else 0
 
     def alive(self, nodeid: int) -> bool:

@@ -12,7 +12,7 @@ import errno
 import heapq
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FIRST_RETRY_SECONDS = 0.001
 LAST_RETRY_SECONDS = 0.05
 MAX_WAITS = 1024  # of one worker: above a quarter of its rings, which is all that an honest one asks for
+_NOT_CANCELLED = object()
 MOST_AT_ONCE = 32  # tried between two looks at the workers' sockets
 
 
@@ -52,6 +53,7 @@ class LockWaits:
         self._queue: list[tuple[float, int, _Wait]] = []  # a heap; an entry whose wait has another due time means nothing
         self._entries = 0
         self._parked: Counter[WorkerLink] = Counter()
+        self._cancelled: OrderedDict[Key, None] = OrderedDict()  # before they ran, or after they were answered
 
     def __len__(self) -> int:
         return len(self._waits)
@@ -59,12 +61,16 @@ class LockWaits:
     def begin(self, task: Task) -> bool:
         """The task runs now, for the first time or again. False if its worker has another under way by the same id."""
         with self._lock:
-            return self._waits.setdefault(_key(task), _Wait(task)).task is task
+            wait = self._waits.setdefault(_key(task), _Wait(task))
+            if wait.task is task and self._cancelled.pop(_key(task), _NOT_CANCELLED) is None:
+                wait.cancelled = True
+            return wait.task is task
 
     def finished(self, task: Task) -> None:
-        """It is answered."""
+        """It is answered, be it before it ever ran."""
         with self._lock:
-            del self._waits[_key(task)]
+            self._waits.pop(_key(task), None)
+            self._cancelled.pop(_key(task), None)
 
     def park(self, task: Task) -> None:
         """Try it again later. Raises what it ends with instead: EAGAIN if it was cancelled, ENOLCK if its worker waits for too much."""
@@ -137,7 +143,10 @@ class LockWaits:
         """End a wait: it is tried once more, then answered. Nothing if it is answered already."""
         with self._lock:
             wait = self._waits.get((link, request_id))
-            if wait is None:
+            if wait is None:  # it may still be on its way to a thread
+                self._cancelled[link, request_id] = None
+                if len(self._cancelled) > MAX_WAITS:
+                    self._cancelled.popitem(last=False)
                 return
             wait.cancelled = True
             if wait.due is not None:

@@ -243,6 +243,8 @@ class Server:
         return task.link.closed or task.session != self.share.session
 
     def refuse(self, task: Task) -> None:
+        if task.spec.message is wire.SetLock:
+            self._lock_waits.finished(task)
         task.link.settle()
         self._post(task.link, [Outcome(task.request_id, errno.ESTALE, None)], [])
 

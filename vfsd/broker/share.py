@@ -131,7 +131,7 @@ class Share:
 
     def has_room_for_fd(self) -> bool:
         """Whether the guest may have another descriptor: the broker keeps some for itself, or it could not go on."""
-        while len(self.files) + self.store.fd_count + len(self.locks) >= self.settings.most_guest_fds:
+        while len(self.files) + self.store.fd_count + len(self.locks) + len(self.closer) >= self.settings.most_guest_fds:
             if not self.reap():  # what an ended session left is the first to go
                 return False
         return True
@@ -221,9 +221,14 @@ class Share:
         if not kill:
             yield
             return
-        with self.files.set_id.changing(inode.nodeid) as record, self.credentials.without_fsetid():
-            record.known = 0
-            yield
+        with self.files.set_id.changing(inode.nodeid) as record:
+            before, record.known = record.known, 0
+            try:
+                with self.credentials.without_fsetid():
+                    yield
+            except BaseException:
+                record.known = before  # nothing was done
+                raise
 
     def open_inode(self, inode: Pin, flags: int) -> OwnedFd:
         """A real descriptor of an inode: the only place where one is made. EBADF for all but regular files and directories.

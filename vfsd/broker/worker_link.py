@@ -125,13 +125,17 @@ class WorkerLink:
         with self._share_lock:
             # Checked and queued under the lock under which files are released and inodes forgotten: a drop notice can only
             # come behind the grant that it revokes.
-            rows, fds = self._rows(outcomes)
-            self._enqueue(rows, [wire.encode_notice(notice) for notice in notices], fds)
+            rows, fds, void = self._rows(outcomes)
+            void += self._enqueue(rows, [wire.encode_notice(notice) for notice in notices], fds)
+        for fd in void:  # the last descriptor of a deleted file may take its time
+            fd.close()
         self.flush()
 
-    def _rows(self, outcomes: list[Outcome]) -> tuple[list[tuple[bytes, int]], list[OwnedFd]]:
+    def _rows(self, outcomes: list[Outcome]) -> tuple[list[tuple[bytes, int]], list[OwnedFd], list[OwnedFd]]:
+        """Encoded replies, the descriptors to go with them, and those whose grant is void, to be closed by the caller."""
         rows: list[tuple[bytes, int]] = []
         fds: list[OwnedFd] = []
+        void: list[OwnedFd] = []
         for outcome in outcomes:
             answer = outcome.answer
             if answer is None or answer.donation is None:
@@ -141,9 +145,9 @@ class WorkerLink:
                 rows.append((wire.encode_reply(wire.Reply(outcome.request_id, 0, 1, answer.fields)), 1))
                 fds.append(answer.donation)
             else:
-                answer.donation.close()
+                void.append(answer.donation)
                 rows.append((self._without_grant(outcome, answer), 0))
-        return rows, fds
+        return rows, fds, void
 
     def _without_grant(self, outcome: Outcome, answer: Answer) -> bytes:
         """Attributes are right without their descriptor; an open file that was released is none."""
@@ -151,31 +155,33 @@ class WorkerLink:
             return wire.encode_reply(wire.Reply(outcome.request_id, 0, 0, answer.fields))
         return wire.encode_reply(wire.Reply(outcome.request_id, errno.EBADF, 0, []))
 
-    def _enqueue(self, rows: list[tuple[bytes, int]], notices: list[bytes], fds: list[OwnedFd]) -> None:
+    def _enqueue(self, rows: list[tuple[bytes, int]], notices: list[bytes], fds: list[OwnedFd]) -> list[OwnedFd]:
+        """Returns descriptors that go nowhere: the link has ended."""
+        void: list[OwnedFd] = []
         batch: list[bytes] = []
         size = 0
         taken = 0
         packet_fds = 0
         for encoded, donated in rows:
             if batch and (size + len(encoded) > _FULL_PACKET or packet_fds + donated > wire.MAX_FDS_PER_PACKET):
-                self._append(batch, [], fds[taken : taken + packet_fds])
+                void += self._append(batch, [], fds[taken : taken + packet_fds])
                 taken += packet_fds
                 batch, size, packet_fds = [], 0, 0
             batch.append(encoded)
             size += len(encoded)
             packet_fds += donated
-        self._append(batch, notices, fds[taken:])
+        return void + self._append(batch, notices, fds[taken:])
 
-    def _append(self, batch: list[bytes], notices: list[bytes], fds: list[OwnedFd]) -> None:
+    def _append(self, batch: list[bytes], notices: list[bytes], fds: list[OwnedFd]) -> list[OwnedFd]:
         packet = _Packet(wire.join_replies(self.consumed, batch, notices), fds)
         self._announced = self.consumed
         with self._send_lock:
             if self.closed:
-                _close_all(packet)
-                return
+                return fds
             self._queue.append(packet)
             self._queued_bytes += len(packet.data)
             self._queued_fds += len(fds)
+        return []
 
     def flush(self) -> None:
         """Send what the socket takes."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 MOST_IDS = 0xFFFFFFFF  # ids are 0 to 2^32 - 2; 2^32 - 1 is (uid_t)-1, which is nobody's
 OVERFLOW_ID = 65534  # what the kernel shows for an id that is not mapped, and nobody's id on a host
+_MOST_DIGITS = 10  # of an id
 _GRAMMAR = "write :INSIDE:OUTSIDE:COUNT:, for instance :0:100000:65536:"
 
 
@@ -32,7 +33,7 @@ def decode_id_range(text: str) -> IdRange:
     fields = text.split(delimiter)
     if len(fields) != 5 or fields[-1]:
         raise ValueError(f"{text!r} is not three numbers with {delimiter!r} before, between and behind them; {_GRAMMAR}")
-    if not all(field.isascii() and field.isdigit() for field in fields[1:4]):
+    if not all(field.isascii() and field.isdigit() and len(field) <= _MOST_DIGITS for field in fields[1:4]):
         raise ValueError(f"{text!r} has something in it that is not a number; {_GRAMMAR}")
     inside, outside, count = (int(field) for field in fields[1:4])
     if count == 0:

@@ -8,8 +8,8 @@ supervisor, while it has one thread.
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from vfsd.fds import OwnedFd
@@ -68,9 +68,8 @@ def _execute(command: Sequence[str], standard: tuple[int, int, int], pass_fds: S
 
 
 def _close_all_but(kept: set[int]) -> None:
-    """What vfsd itself opens closes by itself at exec; what its starter left open does not."""
-    low = 3
-    for fd in sorted(kept):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    """What vfsd itself opens closes by itself at exec; what its starter left open does not, whatever the limit is by now."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in kept:
+            with suppress(OSError):  # the listing's own
+                os.close(fd)

@@ -14,7 +14,7 @@ import pwd
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -154,7 +154,8 @@ class _Runner:
         """Have the commands run. Raises ConfigError with what they said."""
         if self.go is None or self.report is None:
             return
-        os.write(self.go.fileno(), b"x")
+        with suppress(OSError):  # then it says nothing, which is told below
+            os.write(self.go.fileno(), b"x")
         said = os.read(self.report.fileno(), _MOST_REPORT_BYTES)
         if said != _OK:
             raise ConfigError(said.decode(errors="backslashreplace") or "--uid-map: the helper that runs newuidmap died; start vfsd again")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from vfsd.errors import ConfigError, ReplyErrno
 
 _IDS = 1 << 32
+_MOST_DIGITS = 10  # of an id
 _FIELDS = {"map": 3, "guest": 3, "squash-guest": 3, "host": 3, "squash-host": 3, "forbid-guest": 2}
 
 
@@ -102,8 +103,8 @@ def _decode(option: str, text: str) -> tuple[str, *tuple[int, ...]]:
         raise ConfigError(f"{option}={text}: {kind!r} is no kind of translation; use one of {', '.join(_FIELDS)}")
     if len(fields) != wanted:
         raise ConfigError(f"{option}={text}: {kind} takes {wanted} numbers, separated by colons")
-    if not all(field.isascii() and field.isdecimal() for field in fields):
-        raise ConfigError(f"{option}={text}: give decimal numbers")
+    if not all(field.isascii() and field.isdecimal() and len(field) <= _MOST_DIGITS for field in fields):
+        raise ConfigError(f"{option}={text}: give decimal numbers of at most {_MOST_DIGITS} digits")
     return kind, *map(int, fields)
 
 
