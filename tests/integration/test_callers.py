@@ -90,7 +90,7 @@ def directory(fs):
     return path
 
 
-@pytest.mark.parametrize("tells", [(), (GROUP,), tuple(MANY_GROUPS), (7, 8)], ids=["none", "its group", "many", "others"])
+@pytest.mark.parametrize("tells", [(), (GROUP,), tuple(MANY_GROUPS), (7, 8), (0,)], ids=["none", "its group", "many", "others", "root's"])
 @pytest.mark.parametrize("user", [USER, (0, 0), (1000, GROUP), (0, 1000)], ids=str)
 @pytest.mark.parametrize("mode", [0o755, 0o2775])
 @pytest.mark.parametrize("way", WAYS)
@@ -262,3 +262,14 @@ def test_devices_can_be_made_and_are_the_hosts_numbers(plain_fs):
     entry = plain_fs.client.mknod(plain_fs.dir, b"null", stat.S_IFCHR | 0o666, rdev=(1 << 8) | 3)
     assert os.lstat(plain_fs.path("null")).st_rdev == os.makedev(1, 3)
     assert stat.S_ISCHR(entry.attr.mode)
+
+
+@pytest.mark.parametrize("mode", [0o2777, 0o770])
+def test_members_of_group_0_are_what_they_are_on_the_host(fs, mode):
+    """It is the broker's own group, of which it is no member any more while it is somebody else."""
+    directory = fs.host / "roots"
+    directory.mkdir()
+    os.chown(directory, 0, 0)
+    directory.chmod(mode)
+    in_guest, on_host = compare(fs, "create", 0o2755, USER, tells=(0,), inside=directory)
+    assert in_guest == on_host

@@ -172,6 +172,12 @@ def test_an_argument_of_the_wrong_size_is_invalid(fs, opened, size):
         fs.client.ioctl(nodeid, fh, filecalls.FS_IOC_SETFLAGS, bytes(size))
 
 
+@pytest.mark.parametrize("room", [0, 2, 4])
+def test_no_more_comes_back_than_the_guest_has_room_for(fs, opened, room):
+    nodeid, fh = opened
+    assert len(fs.client.ioctl(nodeid, fh, filecalls.FS_IOC_GETFLAGS, out_size=room)) == room
+
+
 def test_an_ioctl_needs_an_open_file(fs):
     fs.put("file")
     with raises(errno.EBADF):

@@ -121,6 +121,23 @@ def test_the_version_is_printed_by_the_real_program():
     assert ended.stdout == f"vfsd {vfsd.__version__}\n"
 
 
+@pytest.mark.parametrize("implying", ["--xattrmap=:map::user.:", "--posix-acl", "--security-label=auto"])
+def test_attributes_cannot_be_refused_and_asked_for(capfd, implying):
+    with pytest.raises(SystemExit) as ended:
+        parse_options([*MINIMAL, "--no-xattr", implying])
+    assert ended.value.code == 2
+    assert f"--no-xattr: not allowed with argument {implying.partition('=')[0]}" in capfd.readouterr().err
+    assert parse_options([*MINIMAL, implying]).features.xattr
+    assert not parse_options([*MINIMAL, "--no-xattr"]).features.xattr
+
+
+@pytest.mark.parametrize("text", ["1_0", "٣", " 3", "+3", "", "x", "9" * 5000])
+def test_numbers_are_plain_decimal_ones(capfd, text):
+    with pytest.raises(SystemExit):
+        parse_options([*MINIMAL, f"--num-request-queues={text}"])
+    assert "is not a number; give one from 1 to 64" in capfd.readouterr().err
+
+
 def test_translations_are_collected_in_order():
     options = parse_options([*MINIMAL, "--translate-uid=map:0:1:2", "--translate-uid", "host:5:6:7", "--translate-gid=forbid-guest:0:1"])
     assert (options.translate_uid, options.translate_gid) == (("map:0:1:2", "host:5:6:7"), ("forbid-guest:0:1",))

@@ -92,3 +92,16 @@ def test_any_bytes_are_extensions_or_refused(data):
     assert len(label.name) <= wire.MAX_NAME_BYTES
     assert len(label.value) <= wire.MAX_LABEL_BYTES
     assert len(found) <= wire.MAX_GROUPS
+
+
+@pytest.mark.parametrize(("count", "fits"), [(wire.MAX_GROUPS, True), (wire.MAX_GROUPS + 1, False)])
+def test_as_many_groups_as_a_message_to_the_broker_takes(count, fits):
+    """One more in that message would be this worker's breach, and its end."""
+    body = struct.pack("<I", count) + bytes(4 * count)
+    data = struct.pack("<II", 8 + len(body), 32) + body
+    if fits:
+        assert len(decode_extensions(data).groups) == count
+    else:
+        with pytest.raises(ReplyErrno) as raised:
+            decode_extensions(data)
+        assert raised.value.errno == errno.EINVAL

@@ -314,3 +314,19 @@ def test_ids_that_cannot_be_set_are_squashed_before_the_switch(monkeypatch):
     kernel = Kernel(monkeypatch)
     with Credentials(0b11, OWN, Squash()).of_caller(Caller(70000, 70001)):
         assert kernel.calls[:2] == [("set_thread_gid", 1001), ("set_thread_uid", 1000)]
+
+
+def test_a_caller_who_is_root_only_here_keeps_no_more_than_any_other(monkeypatch):
+    """Squashed to the broker's own id, or translated to 0: set-id bits that he may not have must go (CVE-2022-0358)."""
+
+    class Squash:
+        def settable_groups(self, groups):
+            return groups
+
+        def settable(self, _uid, _gid):
+            return 0, 0
+
+    kernel = Kernel(monkeypatch)
+    with Credentials(0b11, (0, 0), Squash()).of_caller(Caller(1000, 1000)):
+        assert kernel.calls == [("set_thread_gid", 0), ("set_thread_effective_capabilities", 0b10, 0b11)]
+    assert kernel.calls[2:] == [("set_thread_effective_capabilities", 0b11, 0b11), ("set_thread_gid", 0)]

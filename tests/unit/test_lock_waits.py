@@ -187,3 +187,29 @@ def test_the_pause_never_exceeds_its_limit(waits, clock, link):
         assert waits.seconds() <= LAST_RETRY_SECONDS + 1e-6
         waits.wake_all()
         waits.take_due()
+
+
+def test_a_request_that_is_cancelled_before_it_runs_does_not_wait(waits, link):
+    waits.cancel(link, 7)
+    one = task(link, 7)
+    assert waits.begin(one)
+    with pytest.raises(ReplyErrno) as raised:
+        waits.park(one)
+    assert raised.value.errno == errno.EAGAIN
+    assert len(waits) == 0
+
+
+def test_cancelling_what_never_comes_costs_a_bounded_amount(waits, link):
+    for request_id in range(3 * MAX_WAITS):
+        waits.cancel(link, request_id)
+    assert len(waits._cancelled) == MAX_WAITS
+
+
+def test_a_request_that_is_refused_on_its_way_leaves_nothing(waits, link, clock):
+    one = task(link, 7)
+    parked(waits, one)
+    clock.now += 1
+    assert list(waits.take_due()) == [one]
+    waits.finished(one)
+    assert len(waits) == 0
+    waits.finished(one)  # it may not even have begun

@@ -306,6 +306,20 @@ def test_open_files_are_budgeted_and_room_comes_back(request, tmp_path):
     assert worker.errno_of(wire.Open(nodeid, os.O_RDONLY)) == 0
 
 
+def test_without_room_nothing_is_truncated_or_made(request, tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    bench = Bench(tmp_path, most_guest_fds=2, inode_file_handles="never")
+    request.addfinalizer(bench.close)
+    worker = bench.add(0)
+    bench.begin_session()
+    nodeid = worker.lookup(b"file")
+    assert worker.errno_of(wire.Open(nodeid, os.O_WRONLY | os.O_TRUNC)) == errno.ENFILE
+    assert worker.errno_of(create(b"new")) == errno.ENFILE
+    assert worker.errno_of(wire.TmpFile(ROOT_NODEID, os.O_RDWR, 0o600, os.getuid(), os.getgid())) == errno.ENFILE
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert os.listdir(tmp_path) == ["file"]
+
+
 # --- set-id bits ----------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +352,21 @@ def test_bits_come_back_only_by_an_open_file_that_may_be_written(bench, worker, 
         bench.pump()
     assert len(bench.share.files.set_id) == 0
     assert worker.errno_of(wire.AfterWrite(nodeid, fh, 0o6000)) == errno.EBADF
+
+
+@pytest.mark.root
+def test_an_operation_that_fails_takes_no_bits_and_forgets_none(bench, worker, tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    path.chmod(0o4755)
+    nodeid = worker.lookup(b"file")
+    fh, fd = worker.open(nodeid, os.O_RDWR)
+    fd.close()
+    assert worker.errno_of(wire.FAllocate(nodeid, fh, 0, 0, 0, 1)) == errno.EINVAL
+    assert path.stat().st_mode & 0o7777 == 0o4755
+    path.chmod(0o755)  # as a worker's write does
+    worker.ask_ok(wire.AfterWrite(nodeid, fh, 0o4000))
+    assert path.stat().st_mode & 0o7777 == 0o4755
 
 
 def test_no_record_of_set_id_bits_outlives_its_session(bench, worker, tmp_path):

@@ -1,6 +1,7 @@
 """A program as the first process of a pid namespace, by the running interpreter."""
 
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -50,6 +51,23 @@ def test_it_has_the_descriptors_that_were_passed_and_no_other(run):
     finally:
         os.close(given)
         os.close(kept_back)
+
+
+def test_a_descriptor_above_a_lowered_limit_does_not_reach_it_either(run):
+    """--rlimit-nofile lowers the limit after our starter opened what it pleased."""
+    given, kept_back = os.pipe()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    high = 700
+    os.dup2(kept_back, high, inheritable=True)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (600, limits[1]))
+        probe = "import os, sys\nfor fd in range(3, 800):\n try: os.fstat(fd)\n except OSError: continue\n print(fd, file=sys.stderr)"
+        output, _ = run(probe, given)
+        assert output.split() == [str(given)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in (given, kept_back, high):
+            os.close(fd)
 
 
 def test_how_it_ended_is_told_as_subprocess_tells_it(run):
