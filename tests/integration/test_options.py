@@ -115,3 +115,8 @@ def test_a_guest_that_cannot_do_what_was_asked_for_is_refused_and_with_auto_serv
     agreed = lenient.client.init(flags=EVERY_FLAG & ~missing).flags
     assert agreed & (abi.FUSE_POSIX_ACL | abi.FUSE_DONT_MASK | abi.FUSE_SETXATTR_EXT | abi.FUSE_SECURITY_CTX) == 0
     lenient.client.getattr(ROOT)
+
+
+def test_id_mapped_mounts_are_agreed_on_where_the_caller_need_not_be_known(serve):
+    assert serve(Options(), init=False).client.init(flags=EVERY_FLAG).flags & abi.FUSE_ALLOW_IDMAP
+    assert not serve(Options(extra=("--killpriv-v2",)), init=False).client.init(flags=EVERY_FLAG).flags & abi.FUSE_ALLOW_IDMAP

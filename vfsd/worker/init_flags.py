@@ -24,7 +24,6 @@ _ALWAYS = (
     | abi.FUSE_SUBMOUNTS
     | abi.FUSE_INIT_EXT
     | abi.FUSE_CREATE_SUPP_GROUP
-    | abi.FUSE_ALLOW_IDMAP
     # Locks are asked for even if they are refused: a guest that does not ask grants them by itself, shared with nobody.
     | abi.FUSE_POSIX_LOCKS
     | abi.FUSE_FLOCK_LOCKS
@@ -47,6 +46,8 @@ def agree(offered: int, features: Features, *, readdirplus: bool) -> Agreement:
         (abi.FUSE_WRITEBACK_CACHE, features.writeback),
         (abi.FUSE_DIRECT_IO_ALLOW_MMAP, features.allow_mmap),
         (abi.FUSE_HANDLE_KILLPRIV_V2, features.killpriv_v2),
+        # A guest that may have id-mapped mounts tells no more who allocates or copies: then set-id bits could not be right.
+        (abi.FUSE_ALLOW_IDMAP, not features.killpriv_v2),
     ):
         wanted |= flags if asked else 0
     for option, flags, wish in (
