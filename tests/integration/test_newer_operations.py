@@ -12,7 +12,7 @@ from tests.support.frontend.checks import raises
 from vfsd.sandbox import filecalls
 from vfsd.wire import fuse_abi as abi
 
-FS_NODUMP_FL, FS_NOATIME_FL, FS_IMMUTABLE_FL = 0x40, 0x80, 0x10
+FS_NODUMP_FL, FS_NOATIME_FL, FS_IMMUTABLE_FL, FS_APPEND_FL = 0x40, 0x80, 0x10, 0x20
 BTIME = 0x800
 
 
@@ -182,6 +182,33 @@ def test_an_ioctl_needs_an_open_file(fs):
     fs.put("file")
     with raises(errno.EBADF):
         fs.client.ioctl(fs.lookup(b"file"), 4711, filecalls.FS_IOC_GETFLAGS, out_size=4)
+
+
+# Append-only files (chattr +a)
+
+
+def set_host_flags(path, flags):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, filecalls.FS_IOC_SETFLAGS, struct.pack("I", flags))
+    finally:
+        os.close(fd)
+
+
+def test_an_append_only_file_can_be_appended_to_and_not_written_otherwise(fs):
+    fs.put("log", b"one,")
+    nodeid = fs.lookup(b"log")
+    flags = host_flags(fs.host / "log")
+    set_host_flags(fs.host / "log", flags | FS_APPEND_FL)
+    try:
+        with raises(errno.EPERM):
+            fs.client.open(nodeid, os.O_WRONLY)
+        fh = fs.client.open(nodeid, os.O_WRONLY | os.O_APPEND).fh
+        fs.client.write(nodeid, fh, 4, b"two", open_flags=os.O_WRONLY | os.O_APPEND)
+        fs.client.release(nodeid, fh)
+        assert fs.get("log") == b"one,two"
+    finally:
+        set_host_flags(fs.host / "log", flags)
 
 
 # RENAME_WHITEOUT

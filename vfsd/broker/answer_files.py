@@ -60,8 +60,18 @@ def _open_existing(share: Share, call: Call, inode: Pin, flags: int, kill: int) 
         with share.path_of(inode) as path:
             drop_remapped_capability(share, path.fd)
     with share.killing_set_id(inode, kill and flags & os.O_TRUNC):
-        fd = share.open_inode(inode, flags & share.settings.open_flags)
+        fd = _open(share, inode, flags)
     return _keep(share, call, inode, fd)
+
+
+def _open(share: Share, inode: Pin, flags: int) -> OwnedFd:
+    """O_APPEND reaches the host only for a file that cannot be opened for writing otherwise (chattr +a): there it can do no harm."""
+    try:
+        return share.open_inode(inode, flags & share.settings.open_flags)
+    except PermissionError:
+        if not flags & os.O_APPEND:
+            raise
+        return share.open_inode(inode, flags & share.settings.open_flags | os.O_APPEND)
 
 
 def _refuse_writing(share: Share, flags: int) -> None:
