@@ -27,7 +27,7 @@ CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
 _MOST_DIGITS = 20  # of 2^63 and its sign
 _LARGEST_FD = 2**31 - 1
 _DESCRIPTION = "Serve a directory to a virtual machine over vhost-user-fs. The guest mounts it with: mount -t virtiofs TAG DIR"
-_EPILOG = "SIGTERM and SIGINT end vfsd with exit status 0; so does the frontend when it closes the connection."
+_EPILOG = "SIGTERM, SIGINT and SIGHUP end vfsd with exit status 0; so does the frontend when it closes the connection."
 
 
 def _bounded_int(smallest: int, largest: int) -> type[int]:

@@ -123,8 +123,9 @@ def _pivot_into(tree: int) -> None:
     """Make a mount that is attached nowhere the root, and detach all that was there."""
     with step("attach the new root", USE_CHROOT):
         syscalls.move_mount(tree, b"", syscalls.AT_FDCWD, b"/", syscalls.MOVE_MOUNT_F_EMPTY_PATH)
-    with step("change the root", f"pivot_root(2) is not possible where / is an initramfs; {USE_CHROOT}"):
+    with step("enter the new root", _READABLE):
         os.fchdir(tree)
+    with step("change the root", f"pivot_root(2) is not possible where / is an initramfs; {USE_CHROOT}"):
         syscalls.pivot_root(b".", b".")  # the old root now lies over the new one, at the same place (pivot_root(2), NOTES)
         syscalls.umount2(b".", syscalls.MNT_DETACH)
         os.chdir("/")

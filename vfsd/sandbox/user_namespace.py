@@ -25,6 +25,7 @@ from vfsd.fds import OwnedFd
 from vfsd.sandbox import capabilities, syscalls
 from vfsd.sandbox.id_maps import IdMap, IdRange, choose_own_id, parse_id_map
 
+_LEAST_SUBORDINATE = 65536  # root, daemons and people have those below: nobody is to be told to give them away
 Kind = Literal["uid", "gid"]
 
 _USE_NONE = "change that, start vfsd as root, or use --sandbox=none"
@@ -191,6 +192,8 @@ def _remedy(kind: Kind, numbers: list[str]) -> str:
     name, own = _user_name(), os.geteuid() if kind == "uid" else os.getegid()
     triples = [IdRange(*(int(each) for each in numbers[at : at + 3])) for at in range(0, len(numbers), 3)]
     wanted = [each for each in triples if (each.outside, each.size) != (own, 1)]
+    if any(each.outside < _LEAST_SUBORDINATE for each in wanted):
+        return f"the second number of a map is the host's id, and {kind}s below {_LEAST_SUBORDINATE} are not for guests: your own is {own}"
     lines = ", ".join(f"{name}:{each.outside}:{each.size}" for each in wanted)
     if _has_entry(file, name):
         return f"map ids that {file} gives to {name}, or have root add there: {lines}"
