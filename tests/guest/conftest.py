@@ -98,6 +98,8 @@ class Share:
     def assert_same(self, name: str = "") -> None:
         """The guest sees below this name what the host has: names, types, metadata, link targets, contents."""
         inside, host = f"{self.inside}/{name}", f"{self.host}/{name}"
+        if self.configuration.writeback:  # times are the guest's own until it has written them
+            self.guest.drop_caches()
         if self.call(probes.survey_digest, inside, timeout=600) != probes.survey_digest(host):
             assert self.call(probes.survey, inside, timeout=600) == probes.survey(host)
 

@@ -139,8 +139,8 @@ def test_property_42_a_deleted_directory_is_stale_in_every_operation(on):
     for name, operation in operations_in(fs.client, directory, file).items():
         by_descriptor = 0 if name in USABLE_WHEN_DELETED else errno.ENOENT
         assert errno_of(operation) == (errno.ESTALE if by_handle else by_descriptor), name
-    assert os.listdir(fs.path("cwd")) == []
     assert os.lstat(fs.path("cwd")) == before
+    assert os.listdir(fs.path("cwd")) == []
     assert fs.lookup(b"cwd") != directory
     fs.client.forget(directory)
     assert eventually(lambda: errno_of(lambda: fs.client.getattr(directory)) == errno.EBADF)

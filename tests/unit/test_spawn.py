@@ -45,7 +45,7 @@ def test_it_has_the_descriptors_that_were_passed_and_no_other(run):
     given, kept_back = os.pipe()
     os.set_inheritable(kept_back, True)  # as one that our own starter left open
     try:
-        probe = "import os, sys\nfor fd in range(3, 200):\n try: os.fstat(fd)\n except OSError: continue\n print(fd, file=sys.stderr)"
+        probe = "import os, sys\nfor fd in range(3, 3000):\n try: os.fstat(fd)\n except OSError: continue\n print(fd, file=sys.stderr)"
         output, _ = run(probe, given)
         assert output.split() == [str(given)]
     finally:
@@ -57,11 +57,11 @@ def test_a_descriptor_above_a_lowered_limit_does_not_reach_it_either(run):
     """--rlimit-nofile lowers the limit after our starter opened what it pleased."""
     given, kept_back = os.pipe()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    high = 700
+    high = 2900
     os.dup2(kept_back, high, inheritable=True)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (600, limits[1]))
-        probe = "import os, sys\nfor fd in range(3, 800):\n try: os.fstat(fd)\n except OSError: continue\n print(fd, file=sys.stderr)"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2800, limits[1]))
+        probe = "import os, sys\nfor fd in range(3, 3000):\n try: os.fstat(fd)\n except OSError: continue\n print(fd, file=sys.stderr)"
         output, _ = run(probe, given)
         assert output.split() == [str(given)]
     finally:
