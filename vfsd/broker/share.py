@@ -65,7 +65,7 @@ class Settings(NamedTuple):
     def open_flags(self) -> int:
         """What of the guest's open flags reaches the host.
 
-        O_APPEND does not: descriptions are shared, each write says whether it appends. O_DIRECT and O_NOATIME do if the
+        O_APPEND does not: descriptions are shared, each write says whether it appends (answer_files._open has the exception). O_DIRECT and O_NOATIME do if the
         user says so: the Rust daemon's default too.
         """
         direct = os.O_DIRECT if self.allow_direct_io else 0
