@@ -1,0 +1,16 @@
+"""`vfsdctl policy`: its subcommands, each a module of its own."""
+
+from __future__ import annotations
+
+import argparse
+
+from vfsd.tools import policy_check
+
+_COMMANDS = (policy_check,)
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("policy", help="read, check and explain the system call policy", allow_abbrev=False)
+    subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_to(subcommands)
