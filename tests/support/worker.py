@@ -11,6 +11,8 @@ import random
 import select
 import socket
 import threading
+import time
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -173,13 +175,24 @@ class Worker:
 
     def finish(self, head: int) -> Reply | None:
         """Let broker and pool work until the request is answered; None if it was owed no reply."""
+        deadline = time.monotonic() + PATIENCE_MS / 1000
         while head in self.queue.chains:
+            assert time.monotonic() < deadline, "it was not answered"
             self.turn()
             if head in self.queue.chains and any(waiting.on_pool for waiting in self.dispatcher._waiting):
                 self.pool.wait()
         ((_, written),) = [pushed for pushed in self.queue.pushed if pushed[0] == head]
         self.turn()
         return self._decode(bytes(self._buffers.pop(head)), written)
+
+    def finish_one_of(self, heads: Collection[int]) -> int:
+        """Let the broker work until one of these requests has succeeded; its head."""
+        deadline = time.monotonic() + PATIENCE_MS / 1000
+        while not (done := [head for head in heads if head not in self.queue.chains]):
+            assert time.monotonic() < deadline, "none was answered"
+            self.turn()
+        assert self.finish(done[0]) == (0, b"")
+        return done[0]
 
     def _decode(self, buffer: bytes, written: int) -> Reply | None:
         if written == 0:

@@ -1,9 +1,9 @@
 """Lock requests that cannot be answered yet. None of them holds a thread, a packet or a descriptor.
 
 A request that would wait is put here and comes back as a task: after 1 ms, 2 ms, … 50 ms, since nothing tells when a program
-of the host or another guest unlocks; and at once when the broker itself has dropped a lock on that inode. First come, first
-tried. It ends with the lock, with the session (the task is refused as any other of an old session), with its worker's link,
-or by CancelLock.
+of the host or another guest unlocks; and at once when the broker itself has dropped a lock on that inode: first come, first
+tried, but after those whose time had come before. It ends with the lock, with the session (the task is refused as any other
+of an old session), with its worker's link, or by CancelLock.
 """
 
 from __future__ import annotations
