@@ -30,10 +30,10 @@ check: venv                     # under a minute
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/pytest tests/unit $(PYTEST_ARGS)
 
 test: venv                      # everything, in sizes that suit an everyday run
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto $(PYTEST_ARGS)
 
 test-all: venv                  # everything, in full size and on every guest kernel
-	VFSD_TEST_FULL=1 $(BIN)/pytest $(PYTEST_ARGS)
+	VFSD_TEST_FULL=1 $(BIN)/pytest -n auto $(PYTEST_ARGS)
 
 demo: venv                      # SHARE=directory GUEST=uml|qemu SHELL=1
 	@$(BIN)/python -m tools.demo --guest '$(GUEST)' $(if $(filter-out 0 no,$(GUEST_SHELL)),--shell)

@@ -20,6 +20,7 @@ FLAGS = (
     "RDONLY NOFOLLOW",
 )
 TIMES = ("now", "omit", 5, 10**18 + 7, -3)
+OWNERS = [(uid, gid) for uid in IDS for gid in IDS if (uid, gid) != (-1, -1)]  # which changes ctime: owners.py has it
 TEXTS = ("", "short", "0123456789" * 500)
 
 
@@ -55,8 +56,8 @@ CALLS = {
     "list": lambda random: (random.choice(FOLDERS) or ".",),
     "stat": lambda random: (path(random),),
     "chmod": lambda random: (path(random), random.choice(MODES)),
-    "chown": lambda random: (path(random), random.choice(IDS), random.choice(IDS)),
-    "lchown": lambda random: (path(random), random.choice(IDS), random.choice(IDS)),
+    "chown": lambda random: (path(random), *random.choice(OWNERS)),
+    "lchown": lambda random: (path(random), *random.choice(OWNERS)),
     "access": lambda random: (path(random), random.randrange(8)),
     "umask": lambda random: (random.choice((0, 0o022, 0o077)),),
     "utimens": lambda random: (path(random), random.choice(TIMES), random.choice(TIMES)),
@@ -70,7 +71,7 @@ CALLS = {
     "seek": lambda random: (slot(random), random.choice((0, 4, 4096)), random.choice(("SET", "CUR", "END", "DATA", "HOLE"))),
     "ftruncate": lambda random: (slot(random), random.choice((0, 2, 9000))),
     "fchmod": lambda random: (slot(random), random.choice(MODES)),
-    "fchown": lambda random: (slot(random), random.choice(IDS), random.choice(IDS)),
+    "fchown": lambda random: (slot(random), *random.choice(OWNERS)),
     "futimens": lambda random: (slot(random), random.choice(TIMES), random.choice(TIMES)),
     "fstat": lambda random: (slot(random),),
     "fsync": lambda random: (slot(random),),
