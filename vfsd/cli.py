@@ -16,10 +16,13 @@ from typing import NoReturn
 
 import vfsd
 from vfsd.broker.xattr_map import parse as parse_xattr_map
+from vfsd.cli_compat import modernize
 from vfsd.config import MAX_REQUEST_QUEUES, MAX_TAG_BYTES, Features, HandleMode, Options
 from vfsd.errors import ConfigError
 from vfsd.log import ERROR, LEVELS, StderrLog
+from vfsd.sandbox.capabilities import Change, decode_changes
 from vfsd.sandbox.id_maps import IdMap, IdRange, decode_id_range, find_overlap
+from vfsd.syslog import DEV_LOG, SyslogLog
 
 # What libvirt reads to learn how to write our command line; `migrate-precopy` is not there until migration is.
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
@@ -78,6 +81,13 @@ def _xattrmap(text: str) -> str:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _modcaps(text: str) -> tuple[Change, ...]:
+    try:
+        return decode_changes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -212,12 +222,26 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
         help="what happens at a system call that the role's filter does not list (default: kill)",
     )
     group.add_argument(
+        "--modcaps",
+        type=_modcaps,
+        default=(),
+        metavar="-CAP:+CAP",
+        help="take these capabilities from the broker, or give it more, as in -mknod:-setfcap (default: what docs/threat-model.md lists)",
+    )
+    group.add_argument(
         "--rlimit-nofile",
         type=_bounded_int(0, 2**63 - 1),
         metavar="N",
         help="limit of open files; 0 leaves it alone (default: 1000000, or what the system allows)",
     )
     group.add_argument("--log-level", choices=tuple(LEVELS), default="info", help="what is logged to stderr (default: info)")
+    group.add_argument("--syslog", action="store_true", help="log to the system's log and not to stderr")
+    group.add_argument(
+        "--thread-pool-size", type=_bounded_int(0, 2**31), metavar="N", help="without effect: see --num-request-queues (others have it)"
+    )
+    group.add_argument(
+        "-o", metavar="OPTION[,OPTION...]", help="options as older versions wrote them, also -d for debug and -f (deprecated)"
+    )
     group.add_argument("--print-capabilities", action="store_true", help="print what this program can do as JSON, and exit")
     group.add_argument("-V", "--version", action="version", version=f"vfsd {vfsd.__version__}")
 
@@ -229,7 +253,10 @@ def default_request_queues() -> int:
 def parse_options(argv: Sequence[str]) -> Options:
     """Exits with 2 and a usage line for a command line that cannot be, as argparse does."""
     parser = build_parser()
-    found = parser.parse_args(argv)
+    try:
+        found = parser.parse_args(modernize(argv))
+    except ConfigError as error:
+        parser.error(str(error))
     if found.socket_group is not None and found.fd is not None:
         parser.error("argument --socket-group: not allowed with argument --fd; set the group where the socket is made")
     if found.xattr is False and _implies_xattr(found):
@@ -255,7 +282,9 @@ def parse_options(argv: Sequence[str]) -> Options:
         allow_direct_io=found.allow_direct_io,
         preserve_noatime=found.preserve_noatime,
         rlimit_nofile=found.rlimit_nofile,
+        modcaps=found.modcaps,
         log_level=LEVELS[found.log_level],
+        syslog=found.syslog,
         uid_map=_id_map(parser, "--uid-map", found.uid_map),
         gid_map=_id_map(parser, "--gid-map", found.gid_map),
     )
@@ -292,7 +321,7 @@ def run(argv: Sequence[str]) -> int:
         print(json.dumps(CAPABILITIES))  # noqa: T201  # this is the program's output
         return 0
     options = parse_options(argv)
-    log = StderrLog(options.log_level)
+    log = _make_log(options)
     try:
         from vfsd.supervisor import serve  # noqa: PLC0415  # --help and --version need neither libseccomp nor python-prctl
 
@@ -300,6 +329,16 @@ def run(argv: Sequence[str]) -> int:
     except ConfigError as error:
         log.log(ERROR, str(error))
         return 1
+
+
+def _make_log(options: Options) -> StderrLog:
+    log = StderrLog(options.log_level)
+    if options.syslog:
+        try:
+            return SyslogLog(options.log_level)
+        except OSError as error:
+            log.warning(f"--syslog: {DEV_LOG}: {error.strerror}; logging to stderr instead")
+    return log
 
 
 def main() -> NoReturn:

@@ -68,7 +68,9 @@ class Options:
     allow_direct_io: bool
     preserve_noatime: bool
     rlimit_nofile: int | None  # None: the default, which may fall back to the hard limit; 0: leave the limit alone
+    modcaps: tuple[tuple[bool, str], ...] = ()  # whether it is given to the broker or taken from it, and which capability
     log_level: int
+    syslog: bool = False
     # Of the user namespace that an ordinary user gets; empty: own id only, as it is.
     uid_map: IdMap
     gid_map: IdMap

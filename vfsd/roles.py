@@ -46,11 +46,10 @@ class Roles:
 
     def broker(self, channel_fd: int) -> BrokerConfig:
         options = self.options
-        handle_capability = () if options.inode_file_handles == "never" else (_HANDLE_CAPABILITY,)
         return BrokerConfig(
             channel_fd=channel_fd,
             supervisor_pidfd=self.supervisor_pidfd,
-            confinement=self._confinement("broker", capabilities=_BROKER_CAPABILITIES + handle_capability, nofile=self.nofile),
+            confinement=self._confinement("broker", capabilities=broker_capabilities(options), nofile=self.nofile),
             sandbox=options.sandbox,
             log_level=options.log_level,
             shared_dir=options.shared_dir,
@@ -131,6 +130,11 @@ class Roles:
         return choose_powerless_id(standing.uid_map, standing.own_uid), choose_powerless_id(standing.gid_map, standing.own_gid)
 
 
+def broker_capabilities(options: Options) -> tuple[str, ...]:
+    handle_capability = () if options.inode_file_handles == "never" else (_HANDLE_CAPABILITY,)
+    return capabilities.change(_BROKER_CAPABILITIES + handle_capability, options.modcaps)
+
+
 def make_roles(options: Options, supervisor_pidfd: int, nofile: int) -> Roles:
     return Roles(
         options=options,
@@ -162,6 +166,11 @@ def check_starter(options: Options) -> None:
     """ConfigError if whoever starts vfsd cannot have what the options ask for."""
     if options.sandbox == "chroot" and not capabilities.may("SYS_CHROOT"):
         raise ConfigError("--sandbox=chroot: only root may change its root directory; use --sandbox=namespace or --sandbox=none")
+    for added, name in options.modcaps:
+        if added and not (capabilities.may(name) or (options.sandbox == "namespace" and os.geteuid() != 0)):
+            raise ConfigError(f"--modcaps: {name.lower()} cannot be given to the broker: vfsd itself does not have it; leave it out")
+        if not added and name == _HANDLE_CAPABILITY and options.inode_file_handles != "never":
+            raise ConfigError(f"--modcaps: file handles take {name.lower()}; keep it, or use --inode-file-handles=never")
     for option, id_map in (("--uid-map", options.uid_map), ("--gid-map", options.gid_map)):
         if id_map and os.geteuid() == 0:
             raise ConfigError(f"{option}: is for vfsd started by an ordinary user; leave it out: root sets any id without")

@@ -69,6 +69,8 @@ def serve(options: Options, log: StderrLog) -> int:
     nofile = set_nofile(options.rlimit_nofile)
     if nofile.warning:
         log.log(WARNING, nofile.warning)
+    if given := [name.lower() for added, name in options.modcaps if added]:
+        log.log(WARNING, f"--modcaps: the broker has more capabilities than it needs: {', '.join(given)}")
     if not landlock.abi_version():
         log.log(WARNING, "this kernel has no Landlock: one of the layers that keep control and workers from files is missing")
     with OwnedFd(os.pidfd_open(os.getpid())) as pidfd, closing(_make_endpoint(options)) as endpoint:

@@ -91,3 +91,16 @@ def test_every_descriptor_of_a_worker_is_of_a_known_kind(running):
         unknown = [target for target in worker.fds.values() if not target.startswith(known)]
         assert all(target.endswith("/file") for target in unknown), unknown
         assert len(unknown) <= 1
+
+
+def broker_of(served):
+    return next(pid for pid in served.daemon.pids() if role_of(pid, served.daemon.pid) == "vfsd.broker")
+
+
+def test_the_broker_has_the_capabilities_that_the_user_chose(tmp_path):
+    served = start(tmp_path, Options(extra=("--modcaps=-mknod:-CAP_SETFCAP:+kill",)))
+    expected = BROKER_CAPABILITIES - {"MKNOD", "SETFCAP"} | {"DAC_READ_SEARCH", "KILL"}
+    for thread in take_census(broker_of(served)).threads:
+        assert set(thread.permitted) == set(thread.effective) == expected
+    assert "--modcaps: the broker has more capabilities than it needs: kill" in served.daemon.log()
+    served.close()

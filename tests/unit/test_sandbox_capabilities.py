@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from vfsd.sandbox.capabilities import NAMES, bounding, mask_of, names_of, permitted
+from vfsd.sandbox.capabilities import NAMES, bounding, change, decode_changes, mask_of, names_of, permitted
 from vfsd.sandbox.census import read_thread
 
 
@@ -36,3 +36,16 @@ def test_sets_read_back_are_those_that_proc_shows():
     ours = read_thread(os.getpid(), os.getpid())
     assert names_of(permitted()) == ours.permitted
     assert names_of(bounding()) == ours.bounding
+
+
+def test_changes_are_applied_in_their_order():
+    changes = decode_changes("-mknod:+CAP_SYS_ADMIN:+kill:-kill")
+    assert changes == ((False, "MKNOD"), (True, "SYS_ADMIN"), (True, "KILL"), (False, "KILL"))
+    assert change(("CHOWN", "MKNOD"), changes) == ("CHOWN", "SYS_ADMIN")
+    assert change(("CHOWN",), decode_changes("+chown")) == ("CHOWN",)
+
+
+@pytest.mark.parametrize("text", ["", "mknod", "-", "-mknod:", "+nothing", "-mknod,+kill"])
+def test_changes_that_mean_nothing_are_refused(text):
+    with pytest.raises(ValueError, match="write as in -mknod:-setfcap"):
+        decode_changes(text)

@@ -52,6 +52,33 @@ def names_of(mask: int) -> tuple[str, ...]:
     return tuple(NAMES[bit] if bit < len(NAMES) else str(bit) for bit in range(_BITS_OF_A_SET) if mask >> bit & 1)
 
 
+Change = tuple[bool, str]
+
+
+def decode_changes(text: str) -> tuple[Change, ...]:
+    """`-mknod:+sys_admin` as (added, name without CAP_) in its order. ValueError for what is not understood."""
+    changes = []
+    for word in text.split(":"):
+        sign, name = word[:1], word[1:].upper().removeprefix("CAP_")
+        if sign not in ("+", "-"):
+            raise ValueError(f"{word!r} begins with neither + nor -; write as in -mknod:-setfcap")
+        if name not in NAMES:
+            raise ValueError(f"{word!r} names no capability; write as in -mknod:-setfcap")
+        changes.append((sign == "+", name))
+    return tuple(changes)
+
+
+def change(names: Iterable[str], changes: Iterable[Change]) -> tuple[str, ...]:
+    """`names` and what was added to them, without what was taken."""
+    changed = list(names)
+    for added, name in changes:
+        if name in changed:
+            changed.remove(name)
+        if added:
+            changed.append(name)
+    return tuple(changed)
+
+
 def permitted() -> int:
     """The calling thread's permitted set."""
     return syscalls.capget()[1]
