@@ -23,6 +23,7 @@ from vfsd.log import ERROR, LEVELS, StderrLog
 from vfsd.sandbox.capabilities import Change, decode_changes
 from vfsd.sandbox.id_maps import IdMap, IdRange, decode_id_range, find_overlap
 from vfsd.syslog import DEV_LOG, SyslogLog
+from vfsd.wire.id_map import make_id_maps
 
 # What libvirt reads to learn how to write our command line; `migrate-precopy` is not there until migration is.
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
@@ -90,8 +91,15 @@ def _modcaps(text: str) -> tuple[Change, ...]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake: the usage of this many options would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (`{self.prog} --help` lists the options)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vfsd", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
+    parser = _Parser(prog="vfsd", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
     _add_endpoint_options(parser)
     _add_share_options(parser)
     _add_feature_options(parser)
@@ -251,7 +259,7 @@ def default_request_queues() -> int:
 
 
 def parse_options(argv: Sequence[str]) -> Options:
-    """Exits with 2 and a usage line for a command line that cannot be, as argparse does."""
+    """Exits with 2 and one line for a command line that cannot be."""
     parser = build_parser()
     try:
         found = parser.parse_args(modernize(argv))
@@ -261,6 +269,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         parser.error("argument --socket-group: not allowed with argument --fd; set the group where the socket is made")
     if found.xattr is False and _implies_xattr(found):
         parser.error(f"argument --no-xattr: not allowed with argument {_implies_xattr(found)[0]}, which needs extended attributes")
+    _check_translation(parser, found)
     handles: HandleMode = "prefer" if found.inode_file_handles == "fallback" else found.inode_file_handles
     return Options(
         shared_dir=found.shared_dir,
@@ -288,6 +297,15 @@ def parse_options(argv: Sequence[str]) -> Options:
         uid_map=_id_map(parser, "--uid-map", found.uid_map),
         gid_map=_id_map(parser, "--gid-map", found.gid_map),
     )
+
+
+def _check_translation(parser: argparse.ArgumentParser, found: argparse.Namespace) -> None:
+    try:
+        maps = make_id_maps(found.translate_uid, found.translate_gid)
+    except ConfigError as error:
+        parser.error(str(error))
+    if maps is not None and found.posix_acl != "off":
+        parser.error("--posix-acl: cannot be used with --translate-uid or --translate-gid: ids in ACLs are not translated; leave one out")
 
 
 def _implies_xattr(found: argparse.Namespace) -> list[str]:

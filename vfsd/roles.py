@@ -18,7 +18,6 @@ from vfsd.sandbox.id_maps import choose_powerless_id
 from vfsd.sandbox.lockdown import Confinement
 from vfsd.sandbox.seccomp import load_policy
 from vfsd.sandbox.user_namespace import Standing, read_standing
-from vfsd.wire.id_map import make_id_maps
 
 Role = Literal["broker", "control", "worker", "supervisor"]
 
@@ -144,14 +143,6 @@ def make_roles(options: Options, supervisor_pidfd: int, nofile: int) -> Roles:
         privileged=os.geteuid() == 0 or options.sandbox == "namespace",
         standing=read_standing(),
     )
-
-
-def check_translation(options: Options) -> None:
-    """ConfigError for rules that cannot be, before the children find out."""
-    if make_id_maps(options.translate_uid, options.translate_gid) is not None and options.features.posix_acl != "off":
-        raise ConfigError(
-            "--posix-acl: cannot be used with --translate-uid or --translate-gid: ids in ACLs are not translated; leave one out"
-        )
 
 
 def _compile_filters(options: Options) -> dict[Role, bytes]:

@@ -28,7 +28,7 @@ from vfsd.errors import ChildBreach
 from vfsd.fds import OwnedFd
 from vfsd.limits import set_nofile
 from vfsd.log import ERROR, WARNING, StderrLog, decode_text
-from vfsd.roles import Roles, check_starter, check_translation, make_roles, resolve_share
+from vfsd.roles import Roles, check_starter, make_roles, resolve_share
 from vfsd.sandbox import landlock
 from vfsd.sandbox.lockdown import lock_down
 from vfsd.sandbox.user_namespace import enter_user_namespace
@@ -63,7 +63,6 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 def serve(options: Options, log: StderrLog) -> int:
     """Everything from the parsed options to the exit status. Raises ConfigError for what the user can mend."""
-    check_translation(options)
     check_starter(options)
     options = replace(options, shared_dir=resolve_share(options))
     nofile = set_nofile(options.rlimit_nofile)
@@ -71,6 +70,8 @@ def serve(options: Options, log: StderrLog) -> int:
         log.log(WARNING, nofile.warning)
     if given := [name.lower() for added, name in options.modcaps if added]:
         log.log(WARNING, f"--modcaps: the broker has more capabilities than it needs: {', '.join(given)}")
+    if options.features.writeback and options.cache in ("never", "metadata"):
+        log.log(WARNING, f"--writeback: the guest has no cache to write back with --cache={options.cache}; leave one out")
     if not landlock.abi_version():
         log.log(WARNING, "this kernel has no Landlock: one of the layers that keep control and workers from files is missing")
     with OwnedFd(os.pidfd_open(os.getpid())) as pidfd, closing(_make_endpoint(options)) as endpoint:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tests.support.frontend.checks import raises
 from tests.support.frontend.daemon import Options
 from tests.support.frontend.fuse_client import LINUX_INIT_FLAGS, ROOT
-from tests.support.frontend.serving import own_directory
+from tests.support.frontend.serving import own_directory, start
 from vfsd.wire import fuse_abi as abi
 
 EVERY_FLAG = LINUX_INIT_FLAGS | abi.FUSE_CREATE_SUPP_GROUP | abi.FUSE_ALLOW_IDMAP | abi.FUSE_DIRECT_IO_ALLOW_MMAP
@@ -120,3 +121,9 @@ def test_a_guest_that_cannot_do_what_was_asked_for_is_refused_and_with_auto_serv
 def test_id_mapped_mounts_are_agreed_on_where_the_caller_need_not_be_known(serve):
     assert serve(Options(), init=False).client.init(flags=EVERY_FLAG).flags & abi.FUSE_ALLOW_IDMAP
     assert not serve(Options(extra=("--killpriv-v2",)), init=False).client.init(flags=EVERY_FLAG).flags & abi.FUSE_ALLOW_IDMAP
+
+
+@pytest.mark.parametrize(("cache", "warned"), [("never", True), ("metadata", True), ("auto", False)])
+def test_a_write_back_cache_without_a_cache_is_remarked_on(tmp_path, cache, warned):
+    with closing(start(tmp_path, Options(cache=cache, extra=("--writeback",)))) as served:
+        assert any("--writeback: the guest has no cache to write back" in line for line in served.daemon.log) == warned
