@@ -10,7 +10,8 @@ import sys
 import pyseccomp
 import pytest
 
-from tests.support.bpf import (
+from vfsd.errors import ConfigError
+from vfsd.sandbox.bpf import (
     AUDIT_ARCH_I386,
     RET_ALLOW,
     RET_KILL_PROCESS,
@@ -19,7 +20,6 @@ from tests.support.bpf import (
     ret_errno,
     run_filter,
 )
-from vfsd.errors import ConfigError
 from vfsd.sandbox.seccomp import POLICY_FILE, load_policy
 
 ROLES = ("broker", "control", "supervisor", "worker")
