@@ -1,6 +1,7 @@
 """The names that seccomp_policy.toml may use for numbers, and which system call arguments are 64 bits wide.
 
-Kernel names and values, verbatim; those that differ between machines come from Python's own modules.
+Kernel names and values, verbatim. They are the same on both machines that have a policy, except those of `_OF_AARCH64`: a policy
+is checked for both on either.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import mmap
 import os
 import socket
 
+# These are the same on every machine that has a policy, so Python's own modules know them.
 _FROM_OS = (
     "O_RDONLY", "O_WRONLY", "O_RDWR", "O_CREAT", "O_EXCL", "O_NOCTTY", "O_TRUNC", "O_APPEND", "O_NONBLOCK", "O_DSYNC",
-    "O_SYNC", "O_DIRECT", "O_DIRECTORY", "O_NOFOLLOW", "O_NOATIME", "O_CLOEXEC", "O_PATH", "O_TMPFILE",
+    "O_SYNC", "O_ASYNC", "O_NOATIME", "O_CLOEXEC", "O_PATH",
     "RWF_HIPRI", "RWF_DSYNC", "RWF_SYNC", "RWF_NOWAIT", "RWF_APPEND", "XATTR_CREATE", "XATTR_REPLACE",
 )  # fmt: skip
 
-CONSTANTS: dict[str, int] = {
+_COMMON: dict[str, int] = {
     **{name: getattr(os, name) for name in _FROM_OS},
     **{name: getattr(fcntl, name) for name in ("F_GETFL", "F_SETFL", "F_DUPFD_CLOEXEC", "F_OFD_GETLK", "F_OFD_SETLK")},
     **{name: getattr(fcntl, name) for name in ("LOCK_SH", "LOCK_EX", "LOCK_UN", "LOCK_NB")},
@@ -70,6 +72,17 @@ CONSTANTS: dict[str, int] = {
     "UNCHANGED_ID": 0xFFFFFFFF,  # (uid_t) -1: leave this id as it is
     "NULL": 0,
 }
+
+_OF_X86_64 = {"O_DIRECT": 0o40000, "O_DIRECTORY": 0o200000, "O_NOFOLLOW": 0o400000, "O_TMPFILE": 0o20200000}
+_OF_AARCH64 = {"O_DIRECT": 0o200000, "O_DIRECTORY": 0o40000, "O_NOFOLLOW": 0o100000, "O_TMPFILE": 0o20040000}
+
+_CONSTANTS = {"x86_64": _COMMON | _OF_X86_64, "aarch64": _COMMON | _OF_AARCH64}
+ARCHITECTURES = tuple(_CONSTANTS)
+
+
+def constants_of(architecture: str) -> dict[str, int]:
+    return _CONSTANTS[architecture]
+
 
 # Arguments that the kernel takes as 64 bits: addresses, lengths, offsets, `unsigned long`. Of any other argument it looks at
 # the low 32 bits only, while a filter compares all 64; an argument that is missing here is treated as the narrow kind.
