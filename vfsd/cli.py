@@ -237,6 +237,16 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
         help="take these capabilities from the broker, or give it more, as in -mknod:-setfcap (default: what docs/threat-model.md lists)",
     )
     group.add_argument(
+        "--seccomp-policy",
+        metavar="FILE",
+        help="lists of system calls to use instead of vfsd's own (vfsdctl policy show prints those; vfsdctl policy check FILE)",
+    )
+    group.add_argument(
+        "--allow-weak-policy",
+        action="store_true",
+        help="with --seccomp-policy: only warn where the file allows what no policy should",
+    )
+    group.add_argument(
         "--rlimit-nofile",
         type=_bounded_int(0, 2**63 - 1),
         metavar="N",
@@ -270,6 +280,10 @@ def parse_options(argv: Sequence[str]) -> Options:
     if found.xattr is False and _implies_xattr(found):
         parser.error(f"argument --no-xattr: not allowed with argument {_implies_xattr(found)[0]}, which needs extended attributes")
     _check_translation(parser, found)
+    if found.seccomp_policy is not None and found.seccomp == "none":
+        parser.error("argument --seccomp-policy: not allowed with argument --seccomp=none, which uses none")
+    if found.allow_weak_policy and found.seccomp_policy is None:
+        parser.error("argument --allow-weak-policy: is about --seccomp-policy, which is not given")
     handles: HandleMode = "prefer" if found.inode_file_handles == "fallback" else found.inode_file_handles
     return Options(
         shared_dir=found.shared_dir,
@@ -280,6 +294,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         cache=found.cache,
         sandbox=found.sandbox,
         seccomp=found.seccomp,
+        seccomp_policy=found.seccomp_policy,
+        allow_weak_policy=found.allow_weak_policy,
         inode_file_handles=handles,
         request_queues=found.num_request_queues,
         readonly=found.readonly,

@@ -57,6 +57,8 @@ class Options:
     cache: CacheMode
     sandbox: SandboxMode
     seccomp: SeccompAction
+    seccomp_policy: str | None = None  # None: the one that vfsd comes with
+    allow_weak_policy: bool = False
     inode_file_handles: HandleMode
     request_queues: int
     readonly: bool

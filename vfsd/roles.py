@@ -1,7 +1,6 @@
 """What each role may do and is told: the options turned into one configuration per child.
 
-Pure decisions, except that the seccomp filters are compiled here. Who controls the bytes: the command line and
-seccomp_policy.toml, both the administrator's.
+Pure decisions. Who controls the bytes: the command line, which is the administrator's.
 """
 
 from __future__ import annotations
@@ -9,17 +8,14 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
-from typing import Literal
 
 from vfsd.config import BrokerConfig, ControlConfig, Options, WorkerConfig
 from vfsd.errors import ConfigError
+from vfsd.filters import Role
 from vfsd.sandbox import capabilities
 from vfsd.sandbox.id_maps import choose_powerless_id
 from vfsd.sandbox.lockdown import Confinement
-from vfsd.sandbox.seccomp import load_policy
 from vfsd.sandbox.user_namespace import Standing, read_standing
-
-Role = Literal["broker", "control", "worker", "supervisor"]
 
 # Without DAC_READ_SEARCH (handles=never) no file handle can be opened, whatever the broker is made to do.
 _BROKER_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "SETUID", "SETGID", "MKNOD", "SETFCAP")
@@ -134,23 +130,15 @@ def broker_capabilities(options: Options) -> tuple[str, ...]:
     return capabilities.change(_BROKER_CAPABILITIES + handle_capability, options.modcaps)
 
 
-def make_roles(options: Options, supervisor_pidfd: int, nofile: int) -> Roles:
+def make_roles(options: Options, supervisor_pidfd: int, nofile: int, filters: dict[Role, bytes]) -> Roles:
     return Roles(
         options=options,
-        filters=_compile_filters(options),
+        filters=filters,
         supervisor_pidfd=supervisor_pidfd,
         nofile=nofile,
         privileged=os.geteuid() == 0 or options.sandbox == "namespace",
         standing=read_standing(),
     )
-
-
-def _compile_filters(options: Options) -> dict[Role, bytes]:
-    roles: tuple[Role, ...] = ("broker", "control", "worker", "supervisor")
-    if options.seccomp == "none":
-        return dict.fromkeys(roles, b"")
-    policy = load_policy()
-    return {role: policy.compile(role, options.seccomp) for role in roles}
 
 
 def check_starter(options: Options) -> None:

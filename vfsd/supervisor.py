@@ -26,6 +26,7 @@ from vfsd.children import Child
 from vfsd.config import Options, RoleConfig
 from vfsd.errors import ChildBreach
 from vfsd.fds import OwnedFd
+from vfsd.filters import make_filters
 from vfsd.limits import set_nofile
 from vfsd.log import ERROR, WARNING, StderrLog, decode_text
 from vfsd.roles import Roles, check_starter, make_roles, resolve_share
@@ -74,11 +75,12 @@ def serve(options: Options, log: StderrLog) -> int:
         log.log(WARNING, f"--writeback: the guest has no cache to write back with --cache={options.cache}; leave one out")
     if not landlock.abi_version():
         log.log(WARNING, "this kernel has no Landlock: one of the layers that keep control and workers from files is missing")
+    filters = make_filters(options, log)
     with OwnedFd(os.pidfd_open(os.getpid())) as pidfd, closing(_make_endpoint(options)) as endpoint:
         # The socket was made before: its group may not be known inside.
         if options.sandbox == "namespace" and os.geteuid() != 0:
             enter_user_namespace(options.uid_map, options.gid_map)
-        roles = make_roles(options, pidfd.fileno(), nofile.limit)
+        roles = make_roles(options, pidfd.fileno(), nofile.limit, filters)
         return Supervisor(roles, endpoint, log).run()
 
 

@@ -14,7 +14,8 @@ from vfsd.channel import take_descriptors
 from vfsd.children import Child
 from vfsd.cli import parse_options
 from vfsd.fds import OwnedFd
-from vfsd.log import TRACE, StderrLog
+from vfsd.filters import make_filters
+from vfsd.log import OFF, TRACE, StderrLog
 from vfsd.roles import make_roles
 from vfsd.wire import broker_messages as wire
 from vfsd.wire.channel import BROKER_TO_SUPERVISOR, AddWorker, Log, Ready
@@ -37,7 +38,7 @@ class BrokerProcess:
         options = parse_options(["--shared-dir", str(share), "--socket-path", "unused", *arguments])
         self.log: list[str] = []
         self._pidfd = OwnedFd(os.pidfd_open(os.getpid()))
-        roles = make_roles(options, self._pidfd.fileno(), _NOFILE)
+        roles = make_roles(options, self._pidfd.fileno(), _NOFILE, make_filters(options, StderrLog(OFF)))
         self._child = Child(
             "broker", "vfsd.broker", BROKER_TO_SUPERVISOR, roles.broker,
             pass_fds=(self._pidfd.fileno(),), log=StderrLog(TRACE),

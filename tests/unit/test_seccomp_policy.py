@@ -232,8 +232,13 @@ def test_a_file_that_is_not_toml_is_refused_with_its_name(tmp_path, text):
 
 
 def test_a_missing_file_is_refused_with_its_name():
-    with pytest.raises(ConfigError, match=r"/nowhere/policy\.toml.*--seccomp=none"):
+    with pytest.raises(ConfigError, match=r"/nowhere/policy\.toml.*give another file"):
         load_policy("/nowhere/policy.toml")
+
+
+def test_a_file_too_long_to_be_a_policy_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="longer than 1048576 bytes"):
+        load_text(tmp_path, "#" * (1 << 20) + "\n")
 
 
 def test_rules_of_another_machine_do_not_count():
