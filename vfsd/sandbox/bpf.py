@@ -6,6 +6,7 @@ Pure. The program may come from anywhere, a process that is looked at included: 
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import NamedTuple
 
 AUDIT_ARCH_I386 = 0x40000003
@@ -46,11 +47,12 @@ def ret_errno(number: int) -> int:
     return RET_ERRNO | number
 
 
-def instructions(program: bytes) -> list[Instruction]:
+@lru_cache(maxsize=16)  # who asks about one filter asks about many calls
+def instructions(program: bytes) -> tuple[Instruction, ...]:
     """Raises ValueError for what is not a whole number of instructions."""
     if not program or len(program) % _INSTRUCTION.size:
         raise ValueError(f"not a BPF program: {len(program)} bytes")
-    return [Instruction(*fields) for fields in _INSTRUCTION.iter_unpack(program)]
+    return tuple(Instruction(*fields) for fields in _INSTRUCTION.iter_unpack(program))
 
 
 def run_filter(program: bytes, number: int, arguments: tuple[int, ...] = (), architecture: int = AUDIT_ARCH_X86_64) -> int:

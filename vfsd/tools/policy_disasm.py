@@ -42,7 +42,7 @@ def disassemble(program: bytes, architecture: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _what_is_loaded(code: list[bpf.Instruction]) -> list[set[str]]:
+def _what_is_loaded(code: Sequence[bpf.Instruction]) -> list[set[str]]:
     """What the accumulator may hold before each instruction; jumps only go forward, so one pass finds all."""
     loaded: list[set[str]] = [set() for _ in range(len(code) + 1)]
     for position, (operation, if_true, if_false, constant) in enumerate(code):
