@@ -1,6 +1,10 @@
 """The daemon as it really runs, with a frontend attached and files open: what each of its processes, and every thread, may do."""
 
+import contextlib
+import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +108,35 @@ def test_the_broker_has_the_capabilities_that_the_user_chose(tmp_path):
         assert set(thread.permitted) == set(thread.effective) == expected
     assert any("--modcaps: the broker has more capabilities than it needs: kill" in line for line in served.daemon.log)
     served.close()
+
+
+def test_a_policy_from_a_file_is_what_runs(tmp_path):
+    """The log's hashes are those of the programs that vfsdctl makes of the file, and the daemon serves with them."""
+    shown = run_vfsdctl("policy", "show", "--format", "toml")
+    (tmp_path / "policy.toml").write_bytes(shown)
+    with contextlib.closing(start(tmp_path, Options(extra=(f"--seccomp-policy={tmp_path / 'policy.toml'}",)))) as served:
+        served.client.write_file(ROOT, b"file", b"x")
+        (line,) = [line for line in served.daemon.log if "sha256" in line]
+    assert f"policy ({tmp_path / 'policy.toml'}) {hashlib.sha256(shown).hexdigest()}" in line
+    for role in ("broker", "control", "worker", "supervisor"):
+        program = run_vfsdctl("policy", "show", str(tmp_path / "policy.toml"), "--role", role, "--format", "bpf")
+        assert f"{role} {hashlib.sha256(program).hexdigest()}" in line
+
+
+def test_a_weak_policy_from_a_file_starts_nothing(tmp_path):
+    (tmp_path / "policy.toml").write_bytes(
+        run_vfsdctl("policy", "show", "--format", "toml").replace(b'{ syscall = "bpf"', b'{ syscall = "getppid"')
+    )
+    (tmp_path / "share").mkdir()
+    command = [sys.executable, "-m", "vfsd", "--shared-dir", tmp_path / "share", "--socket-path", tmp_path / "sock"]
+    done = subprocess.run(
+        [*command, f"--seccomp-policy={tmp_path / 'policy.toml'}"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "role supervisor may call bpf, which loads programs into the kernel" in done.stderr
+    assert not (tmp_path / "sock").exists()
+
+
+def run_vfsdctl(*arguments: str) -> bytes:
+    script = "from vfsd.tools.vfsdctl import main; main()"
+    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, check=True).stdout

@@ -11,15 +11,25 @@ from pathlib import Path
 import pytest
 
 from vfsd.sandbox.seccomp import load_policy
+from vfsd.sandbox.seccomp_forbidden import FORBIDDEN
 from vfsd.wire import broker_messages, channel
 
 TREE = Path(__file__).parents[2]
-TOOL = TREE / "tools" / "protocol_doc"
+TOOLS = {name: TREE / "tools" / name for name in ("protocol_doc", "seccomp_doc")}
 
 
 @pytest.fixture(scope="module")
 def protocol_doc():
-    loader = importlib.machinery.SourceFileLoader("protocol_doc", str(TOOL))
+    return load_tool("protocol_doc")
+
+
+@pytest.fixture(scope="module")
+def seccomp_doc():
+    return load_tool("seccomp_doc")
+
+
+def load_tool(name):
+    loader = importlib.machinery.SourceFileLoader(name, str(TOOLS[name]))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     module = importlib.util.module_from_spec(spec)
     sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
@@ -52,9 +62,32 @@ def test_every_message_and_notice_has_a_row(protocol_doc):
     assert missing == []
 
 
-def test_the_tool_is_run_by_its_name_and_checks():
-    assert os.access(TOOL, os.X_OK)
-    done = subprocess.run([sys.executable, str(TOOL), "--check"], capture_output=True, text=True, check=False)
+def test_the_seccomp_document_is_up_to_date(seccomp_doc):
+    assert seccomp_doc.check(TREE / "docs" / "seccomp.md") == ""
+
+
+def test_a_changed_or_missing_seccomp_document_is_noticed(seccomp_doc, tmp_path):
+    document = tmp_path / "seccomp.md"
+    assert "missing" in seccomp_doc.check(document)
+    document.write_text(seccomp_doc.render().replace("`preadv2`", "`preadv`"))
+    assert "not what the policy says" in seccomp_doc.check(document)
+
+
+def test_every_rule_and_every_forbidden_call_has_a_place_in_the_document(seccomp_doc):
+    text = seccomp_doc.render()
+    sections = dict(re.findall(r"^## (\w+)$(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL))
+    for name, role in load_policy().roles.items():
+        rows = [line for line in sections[name].splitlines() if line.startswith("| `")]
+        assert len(rows) == len({rule.where for rule in role.rules})
+        assert all(any(line.startswith(f"| `{rule.syscall}`") and rule.reason in line for line in rows) for rule in role.rules)
+    forbidden = text.split("## What no policy may allow")[1]
+    assert [each.syscall for each in FORBIDDEN if f"`{each.syscall}`" not in forbidden] == []
+
+
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+def test_the_tool_is_run_by_its_name_and_checks(tool):
+    assert os.access(tool, os.X_OK)
+    done = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -1,6 +1,7 @@
 """The compiled filters do exactly what the policy says, checked without loading them."""
 
 import ctypes.util
+import functools
 import os
 import platform
 import random
@@ -9,9 +10,12 @@ import sys
 
 import pyseccomp
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vfsd.errors import ConfigError
 from vfsd.sandbox.bpf import (
+    AUDIT_ARCH,
     AUDIT_ARCH_I386,
     RET_ALLOW,
     RET_KILL_PROCESS,
@@ -20,9 +24,9 @@ from vfsd.sandbox.bpf import (
     ret_errno,
     run_filter,
 )
-from vfsd.sandbox.seccomp import POLICY_FILE, load_policy
+from vfsd.sandbox.seccomp import POLICY_FILE, load_policy, syscall_number
+from vfsd.sandbox.seccomp_policy import ARCHITECTURES, ROLES
 
-ROLES = ("broker", "control", "supervisor", "worker")
 CONFINED = ("broker", "control", "worker")
 LAST_NUMBER = 500
 X32_BIT = 0x40000000
@@ -52,6 +56,16 @@ def policy():
 @pytest.fixture(scope="module", params=ROLES)
 def compiled(request, policy):
     return policy.roles[request.param], policy.compile(request.param, "kill")
+
+
+@functools.cache
+def load_policy_once():
+    return load_policy()
+
+
+@functools.cache
+def compile_once(name: str, architecture: str) -> bytes:
+    return load_policy_once().compile(name, "kill", architecture)
 
 
 def number_of(name: str) -> int:
@@ -91,6 +105,48 @@ def test_the_filter_agrees_with_the_policy_on_every_rule(compiled):
             verdict = role.verdict(rule.syscall, arguments, "x86_64")
             seen = run_filter(program, number_of(rule.syscall), arguments)
             assert seen == expected_return(verdict), (rule.where, [hex(each) for each in arguments])
+
+
+@st.composite
+def random_calls(draw, role, architecture):
+    """Of a call that the role has rules about, or of any; each argument is random, or near what a rule compares it with."""
+    rules = role.rules_for(architecture)
+    name = draw(st.sampled_from(sorted({rule.syscall for rule in rules} | {"execve", "openat", "prctl", "getpid"})))
+    values = [{0, 1, 2**31, 2**32 - 100, 2**64 - 100, 2**64 - 1} for _ in range(6)]
+    for each in (each for rule in rules if rule.syscall == name for each in rule.comparisons):
+        values[each.argument] |= {each.operand, ~each.value % 2**64, each.operand | 1 << 32, each.operand ^ 1 << draw(st.integers(0, 63))}
+    return name, tuple(draw(st.one_of(st.sampled_from(sorted(found)), st.integers(0, 2**64 - 1))) for found in values)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ROLES)
+@given(data=st.data())
+@settings(derandomize=True, deadline=None, max_examples=150)
+def test_the_filter_agrees_with_the_policy_on_any_call(name, architecture, data):
+    role = load_policy_once().roles[name]
+    syscall, arguments = data.draw(random_calls(role, architecture))
+    number = syscall_number(syscall, architecture)
+    if number is None:
+        return
+    seen = run_filter(compile_once(name, architecture), number, arguments, AUDIT_ARCH[architecture])
+    assert seen == expected_return(role.verdict(syscall, arguments, architecture))
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_a_filter_of_one_machine_kills_the_calls_of_the_other(name):
+    for own, other in (ARCHITECTURES, reversed(ARCHITECTURES)):
+        number = syscall_number("read", other)
+        assert run_filter(compile_once(name, own), number, (), AUDIT_ARCH[other]) == RET_KILL_PROCESS
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_a_filter_made_on_this_machine_by_name_is_the_one_made_for_it(policy, name):
+    assert policy.compile(name, "kill") == policy.compile(name, "kill", platform.machine())
+
+
+def test_there_is_no_filter_for_a_machine_without_a_policy(policy):
+    with pytest.raises(ConfigError, match="there is none for riscv64"):
+        policy.compile("worker", "kill", "riscv64")
 
 
 def test_what_the_policy_does_not_name_gets_the_default(compiled):
