@@ -168,14 +168,12 @@ def test_firecrackers_json_says_the_same_and_kills_where_it_cannot(role):
     assert all(rule.where in text for rule, text in zip(failing, shown.left_out, strict=True))
 
 
-@pytest.mark.parametrize("architecture", [None, *ARCHITECTURES])
-def test_toml_is_a_policy_that_makes_the_same_filters(architecture, tmp_path):
+def test_toml_is_a_policy_that_makes_the_same_filters():
     policy = load_policy()
-    path = tmp_path / "shown.toml"
-    path.write_text(toml([policy.roles[name] for name in ROLES], architecture).text)
+    read_back = parse_policy(tomllib.loads(toml([policy.roles[name] for name in ROLES]).text))
     for role in ROLES:
-        for each in [architecture] if architecture else ARCHITECTURES:
-            shown = parse_policy(tomllib.loads(path.read_text()))[role]
+        for each in ARCHITECTURES:
+            shown = read_back[role]
             assert [(rule.syscall, rule.comparisons, rule.action, rule.reason) for rule in shown.rules_for(each)] == [
                 (rule.syscall, rule.comparisons, rule.action, rule.reason) for rule in policy.roles[role].rules_for(each)
             ]
@@ -183,7 +181,7 @@ def test_toml_is_a_policy_that_makes_the_same_filters(architecture, tmp_path):
 
 def test_toml_survives_texts_that_need_quoting():
     odd = role_of({"syscall": "read", "reason": 'a "quote", a \\, a tab\t, an ä and 🦝', "action": "errno(EPERM)", "arch": ["aarch64"]})
-    shown = parse_policy(tomllib.loads(toml([odd], None).text))["worker"]
+    shown = parse_policy(tomllib.loads(toml([odd]).text))["worker"]
     assert shown.rules[0].reason == odd.rules[0].reason
     assert (shown.rules[0].action, shown.rules[0].architectures) == (1, ("aarch64",))
 

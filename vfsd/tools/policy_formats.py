@@ -1,4 +1,4 @@
-"""A policy as text for people: a table, and the file itself, one machine's rules with their groups resolved."""
+"""A policy as text for people: a table, and the file itself with its groups resolved."""
 
 from __future__ import annotations
 
@@ -31,18 +31,17 @@ def _row(rule: Rule) -> tuple[str, ...]:
     return rule.syscall, outcome_words(rule.action), condition_words(rule), rule.used_by, rule.reason
 
 
-def toml(roles: Sequence[Role], architecture: str | None) -> Shown:
-    """What `--seccomp-policy` takes, if it is every role; None: the rules of all machines."""
-    which = f"The rules that hold on {architecture}" if architecture else "All rules"
-    lines = [f"# {which}, groups resolved.", f"version = {VERSION}"]
+def toml(roles: Sequence[Role]) -> Shown:
+    """The rules of all machines: what `--seccomp-policy` takes, if it is every role."""
+    lines = ["# Groups resolved.", f"version = {VERSION}"]
     for role in roles:
         lines += ["", f"[role.{role.name}]", f"default = {json.dumps(role.default)}", "rules = ["]
-        lines += [f"  {_inline_table(rule, machines, role)}," for rule, machines in _rows(role) if architecture in (None, *machines)]
+        lines += [f"  {_inline_table(rule, machines, role)}," for rule, machines in written_rules(role)]
         lines.append("]")
     return Shown("\n".join(lines) + "\n")
 
 
-def _rows(role: Role) -> list[tuple[Rule, tuple[str, ...]]]:
+def written_rules(role: Role) -> list[tuple[Rule, tuple[str, ...]]]:
     """The rules as written, and for which machines: one becomes two where the machines number a constant differently."""
     machines: dict[str, set[str]] = {}
     for rule in role.rules:

@@ -25,7 +25,11 @@ def add_role_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arch_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", choices=ARCHITECTURES, default=platform.machine(), help="(default: this machine's)")
+    machine = platform.machine()
+    if machine in ARCHITECTURES:
+        parser.add_argument("--arch", choices=ARCHITECTURES, default=machine, help="(default: this machine's)")
+    else:  # there is no policy for it, and yet one can look at those that there are
+        parser.add_argument("--arch", choices=ARCHITECTURES, required=True)
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
