@@ -102,6 +102,7 @@ class BrokerConfig(RoleConfig):
     translate_gid: tuple[str, ...] = ()
     allow_direct_io: bool
     preserve_noatime: bool
+    writeback: bool = False
     nofile: int  # the limit of open files it runs under: the inode store's budget comes from it
     # Who it can be while it makes a file, and who it is otherwise.
     uid_map: IdMap

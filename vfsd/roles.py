@@ -58,6 +58,7 @@ class Roles:
             translate_gid=options.translate_gid,
             allow_direct_io=options.allow_direct_io,
             preserve_noatime=options.preserve_noatime,
+            writeback=options.features.writeback,
             nofile=self.nofile,
             uid_map=self.standing.uid_map if self.privileged else (),
             gid_map=self.standing.gid_map if self.privileged else (),

@@ -127,3 +127,22 @@ def test_id_mapped_mounts_are_agreed_on_where_the_caller_need_not_be_known(serve
 def test_a_write_back_cache_without_a_cache_is_remarked_on(tmp_path, cache, warned):
     with closing(start(tmp_path, Options(cache=cache, extra=("--writeback",)))) as served:
         assert any("--writeback: the guest has no cache to write back" in line for line in served.daemon.log) == warned
+
+
+@pytest.mark.parametrize("how", ["unlink", "rmdir", "rename"])
+@pytest.mark.parametrize("handles", ["never", "prefer"])
+def test_with_the_write_back_cache_the_times_of_what_was_just_removed_can_be_set(pool, handles, how):
+    """As the guest's kernel does; what fails there its syncfs(2) reports."""
+    with own_directory(pool, "options", Options(handles=handles, extra=("--writeback",))) as fs:
+        before = fs.served.daemon.fd_census()
+        (os.mkdir if how == "rmdir" else os.mknod)(fs.host / "victim")
+        nodeid = fs.lookup(b"victim")
+        if how == "rename":
+            fs.put("other", b"")
+            fs.client.rename(fs.dir, b"other", fs.dir, b"victim")
+        else:
+            getattr(fs.client, how)(fs.dir, b"victim")
+        attr = fs.client.setattr(nodeid, mtime_ns=7).attr
+        assert (attr.mtime_ns, attr.nlink) == (7, 0)
+        fs.client.forget(nodeid)
+        fs.served.daemon.wait_for_census(before)

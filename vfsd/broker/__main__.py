@@ -73,6 +73,7 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
         xattrmap=config.xattrmap,
         allow_direct_io=config.allow_direct_io,
         preserve_noatime=config.preserve_noatime,
+        writeback=config.writeback,
         ids=ids,
     )
     server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.notify, closer, whereabouts, reaper.wake))

@@ -110,6 +110,12 @@ class InodeStore:
                 self._table.count_lookup(nodeid)
             return nodeid
 
+    def find(self, identity: Identity, session: int) -> int | None:
+        """As `count_lookup`, but nothing is counted: the inode may be forgotten at any time."""
+        with self._lock:
+            self._require(session)
+            return self._table.find(identity)
+
     def insert(self, identity: Identity, session: int, *, fd: int, held_mount: bool) -> tuple[int, bool]:
         """(nodeid, True) of a new inode that took over `fd` (-1: none) and the mount reference; its lookup is counted.
 

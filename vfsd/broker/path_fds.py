@@ -3,7 +3,8 @@
 Names are resolved relative to directories, so directories known by handle keep their descriptor for a moment: a lookup in
 a hot directory costs no open_by_handle_at(2). Only directories, only within a budget, and only while they are in use: a
 descriptor that stays would keep a deleted directory alive and the host's umount busy. A directory deleted on the host
-shows it by a link count of 0 (`refuse_deleted`): by handle it would have been ESTALE, so it is here.
+shows it by a link count of 0 (`refuse_deleted`): by handle it would have been ESTALE, so it is here. What the guest itself
+removes may be kept for that moment on purpose (`keep`).
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ IDLE_SECONDS = 1.0
 
 
 class _Cached:
-    __slots__ = ("doomed", "fd", "used_at", "users")
+    __slots__ = ("doomed", "fd", "kept", "used_at", "users")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, kept: bool) -> None:
         self.fd = fd
+        self.kept = kept
         self.users = 1
         self.used_at = time.monotonic()
         self.doomed = False
@@ -53,7 +55,7 @@ class PathFd:
     def statx(self) -> Statx:
         """Attributes of the inode; ESTALE as `refuse_deleted`."""
         seen = filecalls.statx(self.fd)
-        if self._cached is not None and seen.nlink == 0:
+        if self._cached is not None and seen.nlink == 0 and not self._cached.kept:
             self._cached.doomed = True
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return seen
@@ -97,10 +99,19 @@ class PathFds:
             return PathFd(self, fd, close=True, cached=None)
         return PathFd(self, fd, close=False, cached=self._remember(inode.nodeid, fd))
 
-    def _remember(self, nodeid: int, fd: int) -> _Cached:
-        made = _Cached(fd)
+    def keep(self, inode: Pin, fd: int) -> None:
+        """Let an inode outlive its last name for a moment. Takes over `fd`, an O_PATH descriptor of it."""
+        if inode.fd >= 0:
+            os.close(fd)
+        else:
+            self.give_back(self._remember(inode.nodeid, fd, kept=True))
+
+    def _remember(self, nodeid: int, fd: int, *, kept: bool = False) -> _Cached:
+        made = _Cached(fd, kept=kept)
         with self._lock:
-            if nodeid in self._recent:  # another thread was first; ours lives as long as its user
+            known = self._recent.get(nodeid)
+            if known is not None:  # another thread was first; ours lives as long as its user
+                known.kept |= kept
                 made.doomed = True
                 return made
             self._recent[nodeid] = made

@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from vfsd.broker.closer import Closer
@@ -59,6 +59,7 @@ class Settings(NamedTuple):
     xattrmap: str | None = None
     allow_direct_io: bool = False
     preserve_noatime: bool = False
+    writeback: bool = False
     ids: IdMaps | None = None
 
     @property
@@ -147,6 +148,18 @@ class Share:
 
     def path_of(self, inode: Pin) -> PathFd:
         return self.paths.of(inode)
+
+    def keep_for_a_moment(self, session: int, directory: PathFd, name: bytes) -> None:
+        """Call it before this name goes. With write-back the guest then sets the times of what had it, and its syncfs(2) reports if
+        it cannot: by handle alone that would be ESTALE.
+        """
+        if not self.settings.writeback:
+            return
+        with suppress(OSError, ReplyErrno), OwnedFd(os.open(name, _REOPEN_AS_PATH | os.O_NOFOLLOW, dir_fd=directory.fd)) as fd:
+            nodeid = self.store.find(self.handles.identify(fd.fileno(), filecalls.statx(fd.fileno())), session)
+            if nodeid is not None:
+                with self.store.pin(nodeid, session) as inode:
+                    self.paths.keep(inode, fd.detach())
 
     def adopt(self, session: int, path_fd: OwnedFd, parent: Pin) -> Entry:
         """Make the inode behind an O_PATH descriptor known to the guest, and count one lookup.
