@@ -29,6 +29,7 @@ from vfsd.fds import OwnedFd
 from vfsd.filters import make_filters
 from vfsd.limits import set_nofile
 from vfsd.log import ERROR, WARNING, StderrLog, decode_text
+from vfsd.record import Record
 from vfsd.roles import Roles, check_starter, make_roles, resolve_share
 from vfsd.sandbox import landlock
 from vfsd.sandbox.lockdown import lock_down
@@ -102,10 +103,11 @@ class Supervisor:
         self._workers: dict[int, Child] = {}
         self._status: int | None = None
         self._accepting = False
+        self._record = Record()
 
     def run(self) -> int:
         wake_read, wake_write = socket.socketpair()
-        with wake_read, wake_write, self._selector:
+        with wake_read, wake_write, self._selector, self._record:
             restore = _catch_signals(wake_write)
             try:
                 self._watch(wake_read.fileno(), partial(self._on_signal, wake_read))
@@ -120,7 +122,8 @@ class Supervisor:
     def _start_children(self) -> None:
         self._broker = self._spawn("broker", "vfsd.broker", BROKER_TO_SUPERVISOR, self._roles.broker)
         # From here on only what it takes to start workers; they inherit the smaller bounding set and this filter.
-        lock_down(self._roles.supervisor())
+        done = lock_down(self._roles.supervisor())
+        self._record.enter(os.getpid(), "supervisor", done.securebits, done.landlock, dumpable=done.dumpable)
         self._control = self._spawn("control", "vfsd.worker.control", CONTROL_TO_SUPERVISOR, self._roles.control)
         self._start_worker(0)
 
@@ -177,7 +180,9 @@ class Supervisor:
         self._log.info(f"{signal.Signals(number).name} received, shutting down")
         self._end(0)
 
-    def _on_ready(self, child: Child) -> None:
+    def _on_ready(self, child: Child, said: Ready) -> None:
+        if not child.ready:  # what it says later may be somebody else's words
+            self._record.enter(child.pid, child.role, said.securebits, said.landlock, dumpable=said.dumpable)
         child.ready = True
         if not self._accepting and all(each.ready for each in self._children):
             self._accepting = True
@@ -189,7 +194,7 @@ class Supervisor:
             self._log.info("Waiting for vhost-user socket connection...")
             self._watch(self._endpoint.socket.fileno(), self._on_connect)
         else:
-            self._hand_over(OwnedFd(os.dup(self._endpoint.socket.fileno())))
+            self._hand_over(OwnedFd(self._endpoint.socket.detach()))
 
     def _on_connect(self) -> None:
         try:
@@ -228,7 +233,7 @@ class Supervisor:
             case Log(level, text):
                 child.lines.write(level, text)
             case Ready():
-                self._on_ready(child)
+                self._on_ready(child, message)
             case Failed(text):
                 self._end(1, f"{child.role} could not start: {decode_text(text)}")
             case NeedWorker(index):

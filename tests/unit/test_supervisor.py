@@ -18,6 +18,7 @@ from vfsd.cli import parse_options
 from vfsd.fds import OwnedFd
 from vfsd.log import DEBUG, StderrLog
 from vfsd.roles import Roles
+from vfsd.sandbox.lockdown import LockedDown
 from vfsd.sandbox.user_namespace import read_standing
 from vfsd.sockets import adopt_socket, make_listener
 from vfsd.supervisor import Supervisor
@@ -59,9 +60,13 @@ class Stage:
         self.scripts = {"vfsd.broker": READY, "vfsd.worker.control": READY, "vfsd.worker": READY}
         self._log_fd = os.memfd_create("log")
         self.confined = []
-        monkeypatch.setattr(vfsd.supervisor, "lock_down", self.confined.append)
+        monkeypatch.setattr(vfsd.supervisor, "lock_down", self._lock_down)
         monkeypatch.setattr(Child, "_command", staticmethod(self._command))
         self._over = threading.Event()
+
+    def _lock_down(self, confinement):
+        self.confined.append(confinement)
+        return LockedDown(securebits=0, landlock=0, dumpable=True)
 
     def _command(self, module, config_fd):
         return [sys.executable, "-I", "-c", PRELUDE + self.scripts[module], str(config_fd), module]

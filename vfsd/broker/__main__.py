@@ -60,7 +60,7 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
         reaper.start()
         pool.start(lambda: _prepare_thread(root.proc_self_fd.fileno()))
 
-    lock_down(config.confinement, start_threads=start_threads)
+    done = lock_down(config.confinement, start_threads=start_threads)
     path_fds = min(_PATH_FDS_MOST, config.nofile // _PATH_FDS_SHARE)
     settings = Settings(
         config.inode_file_handles,
@@ -81,7 +81,7 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
-    channel.send(Ready())
+    channel.send(Ready(done.securebits, done.landlock, done.dumpable))
     pool.release()
     watchdog.watch(pool)
 

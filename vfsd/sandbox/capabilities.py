@@ -129,6 +129,11 @@ def lock_securebits(bits: int) -> None:
     syscalls.prctl(syscalls.PR_SET_SECUREBITS, bits)
 
 
+def securebits() -> int:
+    """The calling thread's. /proc does not show them."""
+    return syscalls.prctl(syscalls.PR_GET_SECUREBITS, 0)
+
+
 def keep_over_exec(kept: int) -> None:
     """Hold exactly these, and let what this process executes have them too: without uid 0 exec would take them away.
 

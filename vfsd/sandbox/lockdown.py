@@ -1,7 +1,7 @@
 """The last steps of every role's start, in the one order that works, after its namespaces and root (`namespaces`).
 
-limits → uid, gid, groups → bounding set, securebits, capabilities → not dumpable, death signal, is the supervisor alive? →
-no_new_privs → Landlock → the role's threads → seccomp, as the last act.
+limits (core dumps, open files) → uid, gid, groups → bounding set, securebits, capabilities → not dumpable, death signal, is the supervisor alive? →
+no_new_privs → Landlock → the role's threads → the other limits → seccomp, as the last act.
 
 Why in this order: a uid change clears the death signal; capabilities, no_new_privs and Landlock are of a thread and reach
 only threads started later; Landlock needs no_new_privs; the filter forbids all of the steps before it, and TSYNC puts it
@@ -22,6 +22,7 @@ from typing import Literal
 import prctl
 
 from vfsd.errors import ConfigError
+from vfsd.fds import OwnedFd
 from vfsd.sandbox import capabilities, landlock
 from vfsd.sandbox.seccomp_load import load_filter
 from vfsd.sandbox.steps import step
@@ -56,10 +57,19 @@ class Confinement:
     may_drop_groups: bool = True
 
 
-def lock_down(confinement: Confinement, *, start_threads: Callable[[], None] | None = None) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockedDown:
+    """What of its confinement only the process itself can find out: /proc shows none of it. `landlock`: its version, 0 for none."""
+
+    securebits: int
+    landlock: int
+    dumpable: bool
+
+
+def lock_down(confinement: Confinement, *, start_threads: Callable[[], None] | None = None) -> LockedDown:
     """Confine this process for good. Raises ConfigError that names the step; the process must then end.
 
-    `start_threads` starts all threads that the process will ever have.
+    `start_threads` starts all threads that the process will ever have. `supervisor_pidfd` is closed.
     """
     if threading.active_count() != 1:
         raise RuntimeError("lock_down with threads running: they would keep their privileges")
@@ -69,14 +79,19 @@ def lock_down(confinement: Confinement, *, start_threads: Callable[[], None] | N
     _bind_to_supervisor(confinement)
     with step("set no_new_privs", "use a kernel that has it (Linux 3.5)"):
         prctl.set_no_new_privs(True)
+    landlock_version = 0
     if confinement.landlock:
         with step("apply Landlock", "check what else restricts vfsd on this host (a container's seccomp profile?)"):
-            landlock.deny_all()
+            landlock_version = landlock.deny_all()
     if start_threads is not None:
         start_threads()
+    if confinement.role != "supervisor":
+        _allow_nothing_more()
+    result = LockedDown(securebits=capabilities.securebits(), landlock=landlock_version, dumpable=bool(prctl.get_dumpable()))
     if confinement.seccomp_filter:
         with step("load the seccomp filter", "use a kernel with CONFIG_SECCOMP_FILTER, or --seccomp=none"):
             load_filter(confinement.seccomp_filter)
+    return result
 
 
 def _set_limits(confinement: Confinement) -> None:
@@ -89,6 +104,21 @@ def _set_limits(confinement: Confinement) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     except (ValueError, OSError) as error:  # CPython says EPERM and EINVAL by ValueError
         raise ConfigError(f"sandbox: cannot set the limit of open files to {limit}: {error}; use --rlimit-nofile={hard} or less") from error
+
+
+def _allow_nothing_more() -> None:
+    """No further thread, locked memory, message queue or real-time priority: the filters deny these too, `--seccomp=log` does not.
+
+    After the threads were started; a broker that is root of the host is not bound by the first (capabilities(7), SYS_RESOURCE).
+    """
+    for limit in (
+        resource.RLIMIT_NPROC,
+        resource.RLIMIT_MEMLOCK,
+        resource.RLIMIT_MSGQUEUE,
+        resource.RLIMIT_RTPRIO,
+        resource.RLIMIT_NICE,
+    ):
+        resource.setrlimit(limit, (0, 0))
 
 
 def _change_ids(confinement: Confinement) -> None:
@@ -145,7 +175,9 @@ def _bind_to_supervisor(confinement: Confinement) -> None:
     with step("ask for SIGKILL at the supervisor's death", "check what restricts prctl(2) on this host (a container's seccomp profile?)"):
         prctl.set_pdeathsig(signal.SIGKILL)
     # It may have died before that line: then no signal comes any more.
-    poller = select.poll()
-    poller.register(confinement.supervisor_pidfd, select.POLLIN)
-    if poller.poll(0):
+    with OwnedFd(confinement.supervisor_pidfd) as pidfd:  # of no use afterwards
+        poller = select.poll()
+        poller.register(pidfd.fileno(), select.POLLIN)
+        died = bool(poller.poll(0))
+    if died:
         raise ConfigError("sandbox: the supervisor died while this process was starting; start vfsd again")

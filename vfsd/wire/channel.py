@@ -89,7 +89,11 @@ class Connection(ChannelMessage):
 
 @dataclass(frozen=True, slots=True)
 class Ready(ChannelMessage):
-    """Locked down, and serving."""
+    """Locked down, and serving. With what of its confinement only it can know, said before it hears anybody; only the first one counts."""
+
+    securebits: int = 0
+    landlock: int = 0  # the version of its interface, 0: none
+    dumpable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +257,7 @@ _TO_CHILD = (
     Row(3, Connection, (), max_fds=1),
 )
 _FROM_ANY_CHILD = (
-    Row(16, Ready),
+    Row(16, Ready, (Uint(_U32), Uint(_U16), _FLAG)),
     Row(17, Log, (Uint(5), _TEXT)),
     Row(18, Failed, (Octets(MAX_FAILED_TEXT),)),
 )

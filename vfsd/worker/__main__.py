@@ -55,10 +55,10 @@ def _serve(config: WorkerConfig, channel: Channel, log: ChildLog) -> None:
     fs = FileSystem(broker, CACHE_POLICIES[config.cache], log, pool, most_files, config.features, ids)
     loop = EventLoop(channel, control, broker, fs, pool, log)
     settle_allocator()
-    lock_down(config.confinement, start_threads=pool.start)
+    done = lock_down(config.confinement, start_threads=pool.start)
     broker.ask(wire.Hello(wire.PROTOCOL_VERSION), _Greeting(fs))
     broker.flush()
-    channel.send(Ready())
+    channel.send(Ready(done.securebits, done.landlock, done.dumpable))
     try:
         loop.run()
     except BrokerGone:

@@ -242,8 +242,8 @@ def main() -> NoReturn:
     def body(supervisor: Channel, log: ChildLog) -> None:
         enter_empty_root(config.sandbox)
         settle_allocator()
-        lock_down(config.confinement)
-        supervisor.send(Ready())
+        done = lock_down(config.confinement)
+        supervisor.send(Ready(done.securebits, done.landlock, done.dumpable))
         Control(config, supervisor, log).run()
 
     run_role(config, "control", body)

@@ -1,0 +1,180 @@
+"""A vfsd that runs, as /proc shows it: its processes with their roles, its options, and what its supervisor keeps of them.
+
+Who controls the bytes: the kernel and the supervisor. Which process is what is told by the supervisor's record where we may
+read it, else by command lines; a process that is taken over can change its own, and then there are two of a kind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+from vfsd.cli import parse_options
+from vfsd.config import Options
+from vfsd.errors import ConfigError
+from vfsd.record import RECORD_NAME
+from vfsd.sandbox.census import ProcessCensus, take_census
+from vfsd.sandbox.fd_census import UnixSocket, unix_sockets
+from vfsd.sandbox.id_maps import IdMap, parse_id_map
+
+Role = Literal["supervisor", "broker", "control", "worker", "unknown"]
+ROLES: tuple[Role, ...] = ("supervisor", "broker", "control", "worker")
+
+_MODULES: dict[str, Role] = {"vfsd.broker": "broker", "vfsd.worker.control": "control", "vfsd.worker": "worker"}
+_MOST_RECORD_BYTES = 1 << 20
+_START_TIME_FIELD = 19  # of /proc/PID/stat behind the name in parentheses
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a process said of itself at its lock-down."""
+
+    securebits: int
+    landlock: int
+    dumpable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    role: Role
+    name: str  # the role, of workers with their number where it is known
+    census: ProcessCensus
+    report: Report | None  # None: not visible to us, or not given yet
+
+    @property
+    def pid(self) -> int:
+        return self.census.pid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Daemon:
+    """`processes`: the supervisor first, then its descendants as they were started."""
+
+    options: Options
+    processes: tuple[Process, ...]
+    sockets: dict[int, UnixSocket] | None
+    uptime_seconds: float
+    uid_map: IdMap  # of its user namespace, outside: as we see it
+    recorded: bool  # whether the supervisor's record could be read
+
+    @property
+    def supervisor(self) -> Process:
+        return self.processes[0]
+
+
+def find_supervisor(name: str) -> int:
+    """By its pid, by its socket's path, or by that of its pid file. ConfigError if there is none."""
+    if name.isascii() and name.isdecimal() and not os.path.exists(name):
+        return int(name)
+    path = name if name.endswith(".pid") else f"{name}.pid"
+    try:
+        with open(path, "rb") as file:
+            text = file.read(32).strip()
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot read {path}: {error.strerror}; give the pid of a vfsd, or the path of its socket") from error
+    if not text.isdigit():
+        raise ConfigError(f"{name}: {path} has no pid in it; give the pid of a vfsd, or the path of its socket")
+    return int(text)
+
+
+def examine(supervisor: int) -> Daemon:
+    """Raises ConfigError if that is no supervisor of a vfsd."""
+    try:
+        return _examine(supervisor)
+    except (FileNotFoundError, ProcessLookupError):
+        raise ConfigError(f"{supervisor}: it, or one of its processes, does not run any more; look again") from None
+
+
+def _examine(pid: int) -> Daemon:
+    try:
+        census = take_census(pid, list_root=False)
+    except (FileNotFoundError, ProcessLookupError):
+        raise ConfigError(f"{pid}: there is no such process; give the pid of a vfsd, or the path of its socket") from None
+    record = _read_record(census)
+    censuses = [census, *(take_census(each, list_root=False) for each in _descendants(pid))]
+    processes = [_process(each, record, is_supervisor=each is census) for each in censuses]
+    if not any(each.role == "broker" for each in processes):
+        raise ConfigError(f"{pid}: is not the supervisor of a vfsd (no child of it is a broker); give that one's pid, or the socket's path")
+    return Daemon(
+        options=_options(census),
+        processes=tuple(processes),
+        sockets=unix_sockets(),
+        uptime_seconds=_uptime(pid),
+        uid_map=_uid_map(pid),
+        recorded=bool(record),
+    )
+
+
+def _descendants(pid: int) -> list[int]:
+    """Children, and whatever they might have started, each before its own."""
+    found = [pid]
+    for each in found:
+        for tid in os.listdir(f"/proc/{each}/task"):
+            with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{each}/task/{tid}/children", "rb") as file:
+                found += [int(word) for word in file.read().split()]
+    return found[1:]
+
+
+def _process(census: ProcessCensus, record: dict[str, dict[str, int | str]], *, is_supervisor: bool) -> Process:
+    entry = record.get(str(census.pid))
+    if is_supervisor:
+        role: Role = "supervisor"
+    elif entry is not None:
+        role = _role_of_word(str(entry["role"]))
+    elif record:
+        role = "unknown"  # the supervisor does not know it, or it is not ready yet
+    else:
+        role = _role_of_command(census.command)
+    name = str(entry["role"]) if entry is not None else role
+    report = None if entry is None else Report(int(entry["securebits"]), int(entry["landlock"]), bool(entry["dumpable"]))
+    return Process(role, name, census, report)
+
+
+def _role_of_word(word: str) -> Role:
+    return next((role for role in ROLES if role == word.partition(" ")[0]), "unknown")
+
+
+def _role_of_command(command: tuple[str, ...]) -> Role:
+    module = command[command.index("-m") + 1] if "-m" in command[:-1] else ""
+    return _MODULES.get(module, "unknown")
+
+
+def _read_record(census: ProcessCensus) -> dict[str, dict[str, int | str]]:
+    """By pid; empty where it may not be read, or the process is no supervisor."""
+    wanted = f"/memfd:{RECORD_NAME} (deleted)"
+    number = next((fd.number for fd in (census.fds or {}).values() if fd.target == wanted), None)
+    if number is None:
+        return {}
+    try:
+        with open(f"/proc/{census.pid}/fd/{number}", "rb") as file:
+            found: dict[str, dict[str, int | str]] = json.loads(file.read(_MOST_RECORD_BYTES) or b"{}")
+    except (PermissionError, ValueError):  # ValueError: it is being written
+        return {}
+    return found
+
+
+def _options(census: ProcessCensus) -> Options:
+    """The supervisor's command line, by the parser that it uses itself. Its memory is trusted: it hears nobody but its children."""
+    command = census.command
+    start = next((at for at, word in enumerate(command) if os.path.basename(word) == "vfsd"), None)
+    if start is None:
+        raise ConfigError(f"{census.pid}: its command line is not one of vfsd")
+    try:
+        return parse_options(command[start + 1 :])
+    except SystemExit:
+        raise ConfigError(f"{census.pid}: this vfsdctl does not understand its options; use the vfsdctl that came with it") from None
+
+
+def _uptime(pid: int) -> float:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[_START_TIME_FIELD]) / os.sysconf("SC_CLK_TCK")
+
+
+def _uid_map(pid: int) -> IdMap:
+    with open(f"/proc/{pid}/uid_map", encoding="ascii") as file:
+        return parse_id_map(file.read())

@@ -1,0 +1,205 @@
+"""What each open descriptor of a running vfsd is for, told from outside: by its kind, its holder, and who holds the other end.
+
+No process is asked: one that is taken over would lie. Sockets are told apart by the process at their other end, eventfds by
+the process that holds the same one, files by the mount they lie on, memory by who maps it. What that does not explain has no
+purpose, which is a finding. It cannot tell which ring a kick belongs to, nor call from err.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from vfsd.record import RECORD_NAME
+from vfsd.sandbox.census import ProcessCensus
+from vfsd.sandbox.fd_census import Fd
+from vfsd.tools.daemon import Daemon, Process
+
+_O_PATH, _O_DIRECTORY = os.O_PATH, os.O_DIRECTORY
+_STANDARD = 3
+_LAST_WORDS = "/memfd:vfsd-last-words (deleted)"
+_RECORD = f"/memfd:{RECORD_NAME} (deleted)"
+_MEMORY_KINDS = ("/memfd:", "/dev/shm/", "/dev/hugepages", "/tmp/", "/dev/zero")  # noqa: S108  # as links show them
+_CHANNEL_TO = {
+    ("supervisor", "broker"): "channel to the broker",
+    ("supervisor", "control"): "channel to control",
+    ("supervisor", "worker"): "channel to a worker",
+    ("broker", "supervisor"): "channel to the supervisor",
+    ("control", "supervisor"): "channel to the supervisor",
+    ("worker", "supervisor"): "channel to the supervisor",
+    ("broker", "worker"): "link to a worker: its requests",
+    ("worker", "broker"): "link to the broker: requests, and the descriptors it donates",
+    ("control", "worker"): "link to a worker: memory and rings",
+    ("worker", "control"): "link to control: memory and rings",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One process, and what the others hold that it may share."""
+
+    daemon: Daemon
+    process: Process
+    holders: dict[int, set[int]]  # a socket's inode -> pids
+    eventfds: dict[int, set[str]]  # an eventfd -> roles
+    memory: frozenset[int]  # inodes that a worker maps shared
+    share_mounts: frozenset[int] | None  # None: the broker's mounts are those of the host
+
+
+def purposes(daemon: Daemon) -> dict[int, dict[int, str | None]]:
+    """pid -> descriptor -> what it is for, None if unknown. A process whose descriptors we may not see is not in it."""
+    holders: dict[int, set[int]] = {}
+    eventfds: dict[int, set[str]] = {}
+    for process in daemon.processes:
+        for fd in (process.census.fds or {}).values():
+            if fd.target.startswith("socket:") and fd.inode is not None:
+                holders.setdefault(fd.inode, set()).add(process.pid)
+            if fd.eventfd is not None:
+                eventfds.setdefault(fd.eventfd, set()).add(process.role)
+    memory = frozenset(inode for process in _of_role(daemon, "worker") for inode in process.census.mapped or ())
+    mounts = _share_mounts(daemon)
+    return {
+        process.pid: {
+            fd.number: purpose(Context(daemon, process, holders, eventfds, memory, mounts), fd) for fd in process.census.fds.values()
+        }
+        for process in daemon.processes
+        if process.census.fds is not None
+    }
+
+
+def purpose(context: Context, fd: Fd) -> str | None:
+    """None: nothing that is known explains it."""
+    explain: tuple[Callable[[Context, Fd], str | None], ...] = (_standard, _own_kind, _socket, _eventfd, _guest_memory, _of_share)
+    return next((found for each in explain if (found := each(context, fd)) is not None), None)
+
+
+def _of_role(daemon: Daemon, role: str) -> Iterator[Process]:
+    return (process for process in daemon.processes if process.role == role)
+
+
+def _share_mounts(daemon: Daemon) -> frozenset[int] | None:
+    """In a namespace of its own the broker has no other mounts than the share's."""
+    if daemon.options.sandbox != "namespace":
+        return None
+    return frozenset(mount.number for broker in _of_role(daemon, "broker") for mount in broker.census.mounts or ())
+
+
+# --- one function for each reason ---------------------------------------------------------------------------------------------
+
+
+def _standard(context: Context, fd: Fd) -> str | None:
+    if fd.number >= _STANDARD:
+        return None
+    if context.process.role == "supervisor":
+        return "log (stderr)" if fd.number == 2 else f"{('stdin', 'stdout')[fd.number]} of who started vfsd"
+    if fd.number < 2:
+        return "nothing (/dev/null)" if fd.target == "/dev/null" else None
+    return "last words: stderr, read when it died" if fd.target == _LAST_WORDS else None
+
+
+def _own_kind(context: Context, fd: Fd) -> str | None:
+    """What can be told by itself."""
+    role, target = context.process.role, fd.target
+    if target == "anon_inode:[eventpoll]":
+        return "epoll: waits for the others" if role != "control" else None
+    if role == "broker" and target.endswith("/fd") and fd.flags & _O_PATH and not _on_share(context, fd):
+        return "its own /proc/self/fd: how it opens inodes again, and attributes"
+    if role != "supervisor":
+        return None
+    if fd.process is not None:
+        return _pidfd(context, fd.process)
+    if target == _LAST_WORDS:
+        return "last words of a child"
+    if target == _RECORD:
+        return "record of its processes, for vfsdctl status"
+    return "pid file, and its lock" if _is_pid_file(context, target) else None
+
+
+def _pidfd(context: Context, pid: int) -> str | None:
+    if pid == context.process.pid:
+        return "itself: children look at it once, whether it lives"
+    child = next((each for each in context.daemon.processes if each.pid == pid), None)
+    return None if child is None else f"the death of {child.name}"
+
+
+def _is_pid_file(context: Context, target: str) -> bool:
+    path = context.daemon.options.socket_path
+    return path is not None and os.path.basename(target) == ascii(os.fsdecode(os.path.basename(path)))[1:-1] + ".pid"
+
+
+def _socket(context: Context, fd: Fd) -> str | None:
+    if not fd.target.startswith("socket:") or fd.inode is None or context.daemon.sockets is None:
+        return None
+    found = context.daemon.sockets.get(fd.inode)
+    if found is None:
+        return None
+    process, peers = context.process, context.holders.get(found.peer or 0, set())
+    if found.kind == socket.SOCK_STREAM:
+        return _stream(process, listens=found.listens, peers=peers, connected=found.peer is not None)
+    other = next((each.role for each in context.daemon.processes if each.pid in peers and each.pid != process.pid), None)
+    return None if other is None else _CHANNEL_TO.get((process.role, other))
+
+
+def _stream(process: Process, *, listens: bool, peers: set[int], connected: bool) -> str | None:
+    """The only stream sockets are the frontend's, and the pair by which the supervisor's signals wake it."""
+    if process.role == "supervisor":
+        if listens:
+            return "the vhost-user socket: waits for the frontend"
+        if peers == {process.pid}:
+            return "signals that end vfsd"
+        return "the frontend, before it is handed over" if connected and not peers else None
+    return "the frontend" if process.role == "control" and not peers and not listens else None
+
+
+def _eventfd(context: Context, fd: Fd) -> str | None:
+    role = context.process.role
+    is_pipe = fd.target.startswith("pipe:")
+    if fd.eventfd is None and not is_pipe:
+        return None
+    if role == "control":
+        return "a ring's kick, call or err: the frontend's"
+    if is_pipe:
+        return "a ring's kick, call or err: the frontend's" if role == "worker" and _control_holds_pipe(context, fd) else None
+    if role == "worker" and "control" in context.eventfds.get(fd.eventfd or 0, ()):
+        return "a ring's kick: the frontend's" if fd.number in _watched(context.process.census) else "a ring's call or err: the frontend's"
+    is_own = context.eventfds.get(fd.eventfd or 0) == {role}
+    return "wakes its own threads" if is_own and role in ("broker", "worker") else None
+
+
+def _control_holds_pipe(context: Context, fd: Fd) -> bool:
+    return any(other.target == fd.target for control in _of_role(context.daemon, "control") for other in (control.census.fds or {}).values())
+
+
+def _watched(census: ProcessCensus) -> set[int]:
+    return {number for fd in (census.fds or {}).values() for number in fd.watched}
+
+
+def _guest_memory(context: Context, fd: Fd) -> str | None:
+    """What workers map shared is guest memory: their filter permits them no other shared mapping."""
+    is_file = fd.target.startswith(_MEMORY_KINDS) and not fd.flags & (_O_PATH | _O_DIRECTORY)
+    if context.process.role not in ("control", "worker") or not is_file or fd.target == _LAST_WORDS:
+        return None
+    return "the guest's memory" if fd.inode in context.memory and not _on_share(context, fd) else None
+
+
+def _of_share(context: Context, fd: Fd) -> str | None:
+    role = context.process.role
+    if role not in ("broker", "worker") or not _on_share(context, fd):
+        return None
+    kind = "directory" if fd.flags & _O_DIRECTORY else "file"
+    if role == "worker":
+        return "of the share, donated: " + ("an inode, by O_PATH" if fd.flags & _O_PATH else f"a {kind} that the guest opened")
+    if fd.flags & _O_PATH:
+        return "of the share: an inode, by O_PATH"
+    return f"of the share: a {kind} that is open" + (", or holds a mount" if kind == "directory" else "")
+
+
+def _on_share(context: Context, fd: Fd) -> bool:
+    if not fd.target.startswith("/"):
+        return False
+    if context.share_mounts is not None:
+        return fd.mount in context.share_mounts
+    share = ascii(os.fsdecode(os.path.realpath(context.daemon.options.shared_dir)))[1:-1]
+    return fd.target == share or fd.target.startswith(share.rstrip("/") + "/")
