@@ -1,4 +1,4 @@
-"""What the supervisor keeps for who examines a running vfsd: which process is what, and what only that process could know.
+"""What the supervisor keeps for who examines a running vfsd: its options, which process is what, and what only that one knew.
 
 A memfd of the supervisor, found by its name among the descriptors in /proc; so root may read it, and nothing of it lies in the
 file system. Who controls the bytes: the supervisor; a child's part is what it said at its lock-down, before it heard anybody.
@@ -8,28 +8,80 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from vfsd.config import HandleMode, Options, SandboxMode, SeccompAction
 from vfsd.fds import OwnedFd
 
 RECORD_NAME = "vfsd-record"
+MOST_RECORD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InForce:
+    """The options that decide what is to be seen of a running vfsd. Paths: escaped as in /proc, the share's without symlinks."""
+
+    shared_dir: str
+    socket_path: str | None
+    sandbox: SandboxMode
+    seccomp: SeccompAction
+    inode_file_handles: HandleMode
+    readonly: bool
+    request_queues: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a process said of itself at its lock-down; `landlock`: the version of its interface, 0 for none."""
+
+    role: str
+    securebits: int
+    landlock: int
+    dumpable: bool
+
+
+def escape(path: bytes) -> str:
+    return ascii(os.fsdecode(path))[1:-1]
+
+
+def in_force(options: Options) -> InForce:
+    return InForce(
+        shared_dir=escape(options.shared_dir),
+        socket_path=None if options.socket_path is None else escape(options.socket_path),
+        sandbox=options.sandbox,
+        seccomp=options.seccomp,
+        inode_file_handles=options.inode_file_handles,
+        readonly=options.readonly,
+        request_queues=options.request_queues,
+    )
 
 
 class Record:
     """Written once for each process: at most as many as there are queues, and three."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: Options) -> None:
         self._memfd = OwnedFd(os.memfd_create(RECORD_NAME))
-        self._entries: dict[int, dict[str, str | int | bool]] = {}
+        self._options = asdict(in_force(options))
+        self._reports: dict[int, dict[str, str | int | bool]] = {}
 
-    def enter(self, pid: int, role: str, securebits: int, landlock: int, *, dumpable: bool) -> None:
-        self._entries[pid] = {"role": role, "securebits": securebits, "landlock": landlock, "dumpable": dumpable}
-        text = json.dumps(self._entries).encode()  # only ever longer, so there is nothing to cut off
-        os.pwrite(self._memfd.fileno(), text, 0)
+    def enter(self, pid: int, report: Report) -> None:
+        self._reports[pid] = asdict(report)
+        text = json.dumps({"options": self._options, "processes": self._reports}).encode()
+        os.pwrite(self._memfd.fileno(), text, 0)  # only ever longer, so there is nothing to cut off
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._memfd.close()
+
+
+def read_record(text: bytes) -> tuple[InForce, dict[int, Report]]:
+    """ValueError while it is being written, or if another version of vfsd wrote it."""
+    found: dict[str, Any] = json.loads(text)
+    try:
+        return InForce(**found["options"]), {int(pid): Report(**values) for pid, values in found["processes"].items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a record of this version: {error}") from error

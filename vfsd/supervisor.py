@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 from vfsd.channel import ChannelClosed
@@ -29,7 +29,7 @@ from vfsd.fds import OwnedFd
 from vfsd.filters import make_filters
 from vfsd.limits import set_nofile
 from vfsd.log import ERROR, WARNING, StderrLog, decode_text
-from vfsd.record import Record
+from vfsd.record import Record, Report
 from vfsd.roles import Roles, check_starter, make_roles, resolve_share
 from vfsd.sandbox import landlock
 from vfsd.sandbox.lockdown import lock_down
@@ -103,7 +103,7 @@ class Supervisor:
         self._workers: dict[int, Child] = {}
         self._status: int | None = None
         self._accepting = False
-        self._record = Record()
+        self._record = Record(roles.options)
 
     def run(self) -> int:
         wake_read, wake_write = socket.socketpair()
@@ -123,7 +123,7 @@ class Supervisor:
         self._broker = self._spawn("broker", "vfsd.broker", BROKER_TO_SUPERVISOR, self._roles.broker)
         # From here on only what it takes to start workers; they inherit the smaller bounding set and this filter.
         done = lock_down(self._roles.supervisor())
-        self._record.enter(os.getpid(), "supervisor", done.securebits, done.landlock, dumpable=done.dumpable)
+        self._record.enter(os.getpid(), Report(role="supervisor", **asdict(done)))
         self._control = self._spawn("control", "vfsd.worker.control", CONTROL_TO_SUPERVISOR, self._roles.control)
         self._start_worker(0)
 
@@ -182,7 +182,7 @@ class Supervisor:
 
     def _on_ready(self, child: Child, said: Ready) -> None:
         if not child.ready:  # what it says later may be somebody else's words
-            self._record.enter(child.pid, child.role, said.securebits, said.landlock, dumpable=said.dumpable)
+            self._record.enter(child.pid, Report(role=child.role, **asdict(said)))
         child.ready = True
         if not self._accepting and all(each.ready for each in self._children):
             self._accepting = True

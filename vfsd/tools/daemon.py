@@ -6,17 +6,16 @@ read it, else by command lines; a process that is taken over can change its own,
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from vfsd.cli import parse_options
-from vfsd.config import Options
+from vfsd.config import MAX_REQUEST_QUEUES
 from vfsd.errors import ConfigError
-from vfsd.record import RECORD_NAME
+from vfsd.record import MOST_RECORD_BYTES, RECORD_NAME, InForce, Report, escape, read_record
 from vfsd.sandbox.census import ProcessCensus, take_census
 from vfsd.sandbox.fd_census import UnixSocket, unix_sockets
 from vfsd.sandbox.id_maps import IdMap, parse_id_map
@@ -25,17 +24,7 @@ Role = Literal["supervisor", "broker", "control", "worker", "unknown"]
 ROLES: tuple[Role, ...] = ("supervisor", "broker", "control", "worker")
 
 _MODULES: dict[str, Role] = {"vfsd.broker": "broker", "vfsd.worker.control": "control", "vfsd.worker": "worker"}
-_MOST_RECORD_BYTES = 1 << 20
 _START_TIME_FIELD = 19  # of /proc/PID/stat behind the name in parentheses
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a process said of itself at its lock-down."""
-
-    securebits: int
-    landlock: int
-    dumpable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +43,7 @@ class Process:
 class Daemon:
     """`processes`: the supervisor first, then its descendants as they were started."""
 
-    options: Options
+    options: InForce
     processes: tuple[Process, ...]
     sockets: dict[int, UnixSocket] | None
     uptime_seconds: float
@@ -95,17 +84,18 @@ def _examine(pid: int) -> Daemon:
     except (FileNotFoundError, ProcessLookupError):
         raise ConfigError(f"{pid}: there is no such process; give the pid of a vfsd, or the path of its socket") from None
     record = _read_record(census)
+    reports = record[1] if record else {}
     censuses = [census, *(take_census(each, list_root=False) for each in _descendants(pid))]
-    processes = [_process(each, record, is_supervisor=each is census) for each in censuses]
+    processes = [_process(each, reports, is_supervisor=each is census) for each in censuses]
     if not any(each.role == "broker" for each in processes):
         raise ConfigError(f"{pid}: is not the supervisor of a vfsd (no child of it is a broker); give that one's pid, or the socket's path")
     return Daemon(
-        options=_options(census),
+        options=record[0] if record else _options(census),
         processes=tuple(processes),
         sockets=unix_sockets(),
         uptime_seconds=_uptime(pid),
         uid_map=_uid_map(pid),
-        recorded=bool(record),
+        recorded=record is not None,
     )
 
 
@@ -119,23 +109,17 @@ def _descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def _process(census: ProcessCensus, record: dict[str, dict[str, int | str]], *, is_supervisor: bool) -> Process:
-    entry = record.get(str(census.pid))
+def _process(census: ProcessCensus, reports: dict[int, Report], *, is_supervisor: bool) -> Process:
+    report = reports.get(census.pid)
     if is_supervisor:
         role: Role = "supervisor"
-    elif entry is not None:
-        role = _role_of_word(str(entry["role"]))
-    elif record:
+    elif report is not None:
+        role = next((role for role in ROLES if role == report.role.partition(" ")[0]), "unknown")
+    elif reports:
         role = "unknown"  # the supervisor does not know it, or it is not ready yet
     else:
         role = _role_of_command(census.command)
-    name = str(entry["role"]) if entry is not None else role
-    report = None if entry is None else Report(int(entry["securebits"]), int(entry["landlock"]), bool(entry["dumpable"]))
-    return Process(role, name, census, report)
-
-
-def _role_of_word(word: str) -> Role:
-    return next((role for role in ROLES if role == word.partition(" ")[0]), "unknown")
+    return Process(role, role if report is None else report.role, census, report)
 
 
 def _role_of_command(command: tuple[str, ...]) -> Role:
@@ -143,30 +127,39 @@ def _role_of_command(command: tuple[str, ...]) -> Role:
     return _MODULES.get(module, "unknown")
 
 
-def _read_record(census: ProcessCensus) -> dict[str, dict[str, int | str]]:
-    """By pid; empty where it may not be read, or the process is no supervisor."""
+def _read_record(census: ProcessCensus) -> tuple[InForce, dict[int, Report]] | None:
+    """None where it may not be read, or the process is no supervisor."""
     wanted = f"/memfd:{RECORD_NAME} (deleted)"
     number = next((fd.number for fd in (census.fds or {}).values() if fd.target == wanted), None)
     if number is None:
-        return {}
+        return None
     try:
         with open(f"/proc/{census.pid}/fd/{number}", "rb") as file:
-            found: dict[str, dict[str, int | str]] = json.loads(file.read(_MOST_RECORD_BYTES) or b"{}")
-    except (PermissionError, ValueError):  # ValueError: it is being written
-        return {}
-    return found
+            return read_record(file.read(MOST_RECORD_BYTES))
+    except ValueError as error:
+        raise ConfigError(
+            f"{census.pid}: its supervisor's record cannot be read ({error}); is it starting, or of another version?"
+        ) from error
 
 
-def _options(census: ProcessCensus) -> Options:
-    """The supervisor's command line, by the parser that it uses itself. Its memory is trusted: it hears nobody but its children."""
-    command = census.command
-    start = next((at for at, word in enumerate(command) if os.path.basename(word) == "vfsd"), None)
-    if start is None:
-        raise ConfigError(f"{census.pid}: its command line is not one of vfsd")
+def _options(census: ProcessCensus) -> InForce:
+    """From the supervisor's command line, where the record may not be read: only who may not read it needs this."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--shared-dir", default="?")
+    parser.add_argument("--socket-path", "--socket")
+    parser.add_argument("--sandbox", default="namespace")
+    parser.add_argument("--seccomp", default="kill")
+    parser.add_argument("--inode-file-handles", default="prefer")
+    parser.add_argument("--readonly", action="store_true")
+    parser.add_argument("--num-request-queues", dest="request_queues", type=int, default=MAX_REQUEST_QUEUES)
     try:
-        return parse_options(command[start + 1 :])
-    except SystemExit:
-        raise ConfigError(f"{census.pid}: this vfsdctl does not understand its options; use the vfsdctl that came with it") from None
+        found, _ = parser.parse_known_args(census.command[1:])
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{census.pid}: its command line is not one of this version of vfsd: {error}") from error
+    for name in ("shared_dir", "socket_path"):
+        path = getattr(found, name)
+        setattr(found, name, path and escape(os.fsencode(path)))
+    return InForce(**vars(found))
 
 
 def _uptime(pid: int) -> float:

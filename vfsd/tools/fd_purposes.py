@@ -49,7 +49,7 @@ class Context:
 
 
 def purposes(daemon: Daemon) -> dict[int, dict[int, str | None]]:
-    """pid -> descriptor -> what it is for, None if unknown. A process whose descriptors we may not see is not in it."""
+    """By pid and descriptor: what it is for, None if unknown. A process whose descriptors we may not see is not in it."""
     holders: dict[int, set[int]] = {}
     eventfds: dict[int, set[str]] = {}
     for process in daemon.processes:
@@ -101,20 +101,20 @@ def _standard(context: Context, fd: Fd) -> str | None:
 
 def _own_kind(context: Context, fd: Fd) -> str | None:
     """What can be told by itself."""
-    role, target = context.process.role, fd.target
-    if target == "anon_inode:[eventpoll]":
+    role = context.process.role
+    if fd.target == "anon_inode:[eventpoll]":
         return "epoll: waits for the others" if role != "control" else None
-    if role == "broker" and target.endswith("/fd") and fd.flags & _O_PATH and not _on_share(context, fd):
+    if role == "broker" and fd.target.endswith("/fd") and fd.flags & _O_PATH and not _on_share(context, fd):
         return "its own /proc/self/fd: how it opens inodes again, and attributes"
-    if role != "supervisor":
-        return None
+    return _of_supervisor(context, fd) if role == "supervisor" else None
+
+
+def _of_supervisor(context: Context, fd: Fd) -> str | None:
     if fd.process is not None:
         return _pidfd(context, fd.process)
-    if target == _LAST_WORDS:
-        return "last words of a child"
-    if target == _RECORD:
-        return "record of its processes, for vfsdctl status"
-    return "pid file, and its lock" if _is_pid_file(context, target) else None
+    if _is_pid_file(context, fd.target):
+        return "pid file, and its lock"
+    return {_LAST_WORDS: "last words of a child", _RECORD: "record of its processes, for vfsdctl status"}.get(fd.target)
 
 
 def _pidfd(context: Context, pid: int) -> str | None:
@@ -126,7 +126,7 @@ def _pidfd(context: Context, pid: int) -> str | None:
 
 def _is_pid_file(context: Context, target: str) -> bool:
     path = context.daemon.options.socket_path
-    return path is not None and os.path.basename(target) == ascii(os.fsdecode(os.path.basename(path)))[1:-1] + ".pid"
+    return path is not None and os.path.basename(target) == os.path.basename(path) + ".pid"
 
 
 def _socket(context: Context, fd: Fd) -> str | None:
@@ -138,6 +138,8 @@ def _socket(context: Context, fd: Fd) -> str | None:
     process, peers = context.process, context.holders.get(found.peer or 0, set())
     if found.kind == socket.SOCK_STREAM:
         return _stream(process, listens=found.listens, peers=peers, connected=found.peer is not None)
+    if found.kind == socket.SOCK_DGRAM:
+        return "the service manager that started vfsd" if process.role == "supervisor" and not peers else None
     other = next((each.role for each in context.daemon.processes if each.pid in peers and each.pid != process.pid), None)
     return None if other is None else _CHANNEL_TO.get((process.role, other))
 
@@ -150,7 +152,7 @@ def _stream(process: Process, *, listens: bool, peers: set[int], connected: bool
         if peers == {process.pid}:
             return "signals that end vfsd"
         return "the frontend, before it is handed over" if connected and not peers else None
-    return "the frontend" if process.role == "control" and not peers and not listens else None
+    return "the frontend: its connection, or what vfsd would ask it by" if process.role == "control" and not peers and not listens else None
 
 
 def _eventfd(context: Context, fd: Fd) -> str | None:
@@ -169,7 +171,9 @@ def _eventfd(context: Context, fd: Fd) -> str | None:
 
 
 def _control_holds_pipe(context: Context, fd: Fd) -> bool:
-    return any(other.target == fd.target for control in _of_role(context.daemon, "control") for other in (control.census.fds or {}).values())
+    return any(
+        other.target == fd.target for control in _of_role(context.daemon, "control") for other in (control.census.fds or {}).values()
+    )
 
 
 def _watched(census: ProcessCensus) -> set[int]:
@@ -201,5 +205,5 @@ def _on_share(context: Context, fd: Fd) -> bool:
         return False
     if context.share_mounts is not None:
         return fd.mount in context.share_mounts
-    share = ascii(os.fsdecode(os.path.realpath(context.daemon.options.shared_dir)))[1:-1]
+    share = context.daemon.options.shared_dir
     return fd.target == share or fd.target.startswith(share.rstrip("/") + "/")

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import vfsd
 from vfsd.errors import ConfigError
-from vfsd.tools import policy
+from vfsd.tools import policy, status
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version", version=f"vfsdctl {vfsd.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     policy.add_to(commands)
+    status.add_to(commands)
     return parser
 
 
