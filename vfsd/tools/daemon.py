@@ -87,7 +87,7 @@ def _examine(pid: int) -> Daemon:
     reports = record[1] if record else {}
     censuses = [census, *(take_census(each, list_root=False) for each in _descendants(pid))]
     processes = [_process(each, reports, is_supervisor=each is census) for each in censuses]
-    if not any(each.role == "broker" for each in processes):
+    if not any(each.role == "broker" and each.census.parent == pid for each in processes):
         raise ConfigError(f"{pid}: is not the supervisor of a vfsd (no child of it is a broker); give that one's pid, or the socket's path")
     return Daemon(
         options=record[0] if record else _options(census),

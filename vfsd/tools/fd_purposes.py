@@ -22,6 +22,7 @@ _STANDARD = 3
 _LAST_WORDS = "/memfd:vfsd-last-words (deleted)"
 _RECORD = f"/memfd:{RECORD_NAME} (deleted)"
 _MEMORY_KINDS = ("/memfd:", "/dev/shm/", "/dev/hugepages", "/tmp/", "/dev/zero")  # noqa: S108  # as links show them
+OTHER_END_UNSEEN = "a socket whose other end is not visible to this user"
 _CHANNEL_TO = {
     ("supervisor", "broker"): "channel to the broker",
     ("supervisor", "control"): "channel to control",
@@ -141,6 +142,8 @@ def _socket(context: Context, fd: Fd) -> str | None:
     if found.kind == socket.SOCK_DGRAM:
         return "the service manager that started vfsd" if process.role == "supervisor" and not peers else None
     other = next((each.role for each in context.daemon.processes if each.pid in peers and each.pid != process.pid), None)
+    if other is None and not peers and any(each.census.fds is None for each in context.daemon.processes):
+        return OTHER_END_UNSEEN
     return None if other is None else _CHANNEL_TO.get((process.role, other))
 
 

@@ -14,6 +14,7 @@ from vfsd.sandbox.capabilities import NAMES
 from vfsd.sandbox.census import NAMESPACES, UNLIMITED, Mount, ThreadCensus
 from vfsd.sandbox.id_maps import OVERFLOW_ID
 from vfsd.tools.daemon import Daemon, Process
+from vfsd.tools.fd_purposes import OTHER_END_UNSEEN
 
 OWN_NAMESPACES = ("mnt", "pid", "net", "ipc", "uts")
 UNSEEN = "not visible to this user"
@@ -368,6 +369,8 @@ def known_descriptors(text: str) -> Rule:
         if found is None or targets is None:
             return Seen(None, UNSEEN)
         unknown = [f"{number} ({targets[number].target})" for number, purpose in found.items() if purpose is None]
+        if not unknown and OTHER_END_UNSEEN in found.values():
+            return Seen(None, f"{len(found)} open, among them {OTHER_END_UNSEEN}")
         return Seen(not unknown, f"{len(found)} open" + (", of no known purpose: " + ", ".join(unknown) if unknown else ""))
 
     return Rule(text, look)
