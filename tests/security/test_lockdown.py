@@ -1,5 +1,6 @@
 """What the kernel says of confined processes, thread by thread, and how confinement fails."""
 
+import errno
 import os
 import select
 import signal
@@ -203,6 +204,12 @@ def test_a_limit_of_open_files_that_cannot_be_had_is_refused(sandbox: Sandbox):
 def test_the_limit_of_open_files_is_set(sandbox: Sandbox):
     expression = "__import__('resource').getrlimit(__import__('resource').RLIMIT_NOFILE)"
     assert sandbox.evaluate(worker(nofile=77, enter=None, sandbox="none", landlock=False), expression, filtered=False) == [77, 77]
+
+
+@pytest.mark.parametrize("make", [worker, control])
+def test_limits_deny_further_processes_and_locked_memory_also_without_a_filter(sandbox: Sandbox, make):
+    expression = "[errno_of(os.fork), libc.mlock(id(os), 1)]"
+    assert sandbox.evaluate(make(), expression, filtered=False) == [errno.EAGAIN, -1]
 
 
 def test_confining_leaves_no_descriptor_behind(sandbox: Sandbox, tmp_path):

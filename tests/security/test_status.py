@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.as_user import User, command_as
-from tests.support.frontend.daemon import Options, vfsd
+from tests.support.frontend.daemon import Daemon, Options, vfsd
 from tests.support.frontend.fuse_client import ROOT
 from tests.support.frontend.serving import start
 from vfsd.sandbox.fd_census import Fd
 from vfsd.tools.daemon import examine
 from vfsd.tools.expectations import EXPECTATIONS, judge
+from vfsd.tools.fd_purposes import TOLD_BY, purposes
 from vfsd.tools.vfsdctl import run
 
 pytestmark = pytest.mark.root
@@ -132,16 +133,24 @@ def test_under_load_every_thread_and_descriptor_is_as_documented(served):
             assert not_met(examine(served.daemon.pid)) == []
 
 
+def test_every_purpose_is_in_the_documented_list(daemon):
+    listed = {(role, purpose) for roles, purpose, _ in TOLD_BY for role in roles.split()}
+    roles = {process.pid: process.role for process in daemon.processes}
+    for pid, found in purposes(daemon).items():
+        for purpose in found.values():
+            documented = "the death of CHILD" if purpose.startswith("the death of ") else purpose
+            assert (roles[pid], documented) in listed
+
+
 def test_a_person_gets_a_table_with_every_expectation_and_descriptor(served, capsys):
     assert run(["status", str(served.daemon.pid), "--security"]) == 0
     text = capsys.readouterr().out
     assert f"share:      {served.share}" in text
     for line in (
         "the guest's memory", "link to the broker: requests", "channel to the supervisor", "a ring's kick: the frontend's",
-        "of the share, donated: a file that the guest opened", "its own /proc/self/fd", "the vhost-user socket", "the death of worker 2",
-    )[:-2]:  # fmt: skip
+        "of the share, donated: a file that the guest opened", "its own /proc/self/fd", "the death of worker 2",
+    ):  # fmt: skip
         assert line in text
-    assert "the death of worker 2" in text
     assert all(f"  met  {each.what}" in text for each in EXPECTATIONS)
     assert "NOT MET" not in text
     assert "UNKNOWN" not in text
@@ -160,8 +169,6 @@ def test_without_security_it_says_what_runs(served, capsys):
 
 
 def test_before_a_frontend_connects_all_is_met_too(tmp_path, capsys):
-    from tests.support.frontend.daemon import Daemon  # noqa: PLC0415
-
     (tmp_path / "share").mkdir()
     with Daemon(tmp_path / "share", tmp_path / "vfsd.sock", Options()) as waiting:
         assert run(["status", str(waiting.socket), "--security"]) == 0

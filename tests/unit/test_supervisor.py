@@ -17,11 +17,14 @@ from vfsd.children import Child
 from vfsd.cli import parse_options
 from vfsd.fds import OwnedFd
 from vfsd.log import DEBUG, StderrLog
+from vfsd.record import Report
 from vfsd.roles import Roles
+from vfsd.sandbox.census import take_census
 from vfsd.sandbox.lockdown import LockedDown
 from vfsd.sandbox.user_namespace import read_standing
 from vfsd.sockets import adopt_socket, make_listener
 from vfsd.supervisor import Supervisor
+from vfsd.tools.daemon import _read_record
 
 PRELUDE = """
 import os, select, signal, sys, time
@@ -229,6 +232,21 @@ def test_a_death_by_seccomp_is_explained(stage):
     stage.scripts["vfsd.worker"] = "say(Ready()); time.sleep(0.3); os.kill(os.getpid(), signal.SIGSYS)"
     assert stage.run(act=lambda: None) == 1
     assert stage.last_line().endswith("was killed by SIGSYS: it made a system call that its seccomp filter does not allow")
+
+
+def test_what_a_child_says_of_its_lock_down_counts_once(stage):
+    """Later it may be somebody else who speaks."""
+    stage.scripts["vfsd.worker"] = "say(Ready(235, 7, False)); say(Ready(0, 0, True)); log('said all'); idle()"
+    found = []
+
+    def act():
+        stage.wait_for("said all")
+        _, reports = _read_record(take_census(os.getpid(), list_root=False))
+        found.extend(report for report in reports.values() if report.role == "worker 0")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(act=act) == 0
+    assert found == [Report(role="worker 0", securebits=235, landlock=7, dumpable=False)]
 
 
 def test_a_child_that_breaks_the_channels_protocol_ends_everything(stage):

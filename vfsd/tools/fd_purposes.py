@@ -36,6 +36,48 @@ _CHANNEL_TO = {
     ("worker", "control"): "link to control: memory and rings",
 }
 
+# For people: who may hold what, and how it is told. The tests hold the functions below to this list.
+TOLD_BY: tuple[tuple[str, str, str], ...] = (
+    ("supervisor", "stdin of who started vfsd", "its number, 0"),
+    ("supervisor", "stdout of who started vfsd", "its number, 1"),
+    ("supervisor", "log (stderr)", "its number, 2"),
+    ("supervisor", "pid file, and its lock", "its name, that of the socket and .pid"),
+    ("supervisor", "the vhost-user socket: waits for the frontend", "a stream socket that listens"),
+    ("supervisor", "the frontend, before it is handed over", "a connected stream socket, the other end in no process of vfsd"),
+    ("supervisor", "signals that end vfsd", "a stream socket, the other end in the supervisor too"),
+    ("supervisor", "the service manager that started vfsd", "a datagram socket, the other end in no process of vfsd"),
+    ("supervisor", "channel to the broker", "the process at the other end"),
+    ("supervisor", "channel to control", "the process at the other end"),
+    ("supervisor", "channel to a worker", "the process at the other end"),
+    ("supervisor", "itself: children look at it once, whether it lives", "a pidfd of its own"),
+    ("supervisor", "the death of CHILD", "a pidfd of that child"),
+    ("supervisor", "last words of a child", "its name, memfd:vfsd-last-words"),
+    ("supervisor", "record of its processes, for vfsdctl status", f"its name, memfd:{RECORD_NAME}"),
+    ("supervisor", "epoll: waits for the others", "its kind"),
+    ("broker control worker", "nothing (/dev/null)", "its number, 0 or 1, and its name"),
+    ("broker control worker", "last words: stderr, read when it died", "its number, 2, and its name"),
+    ("broker control worker", "channel to the supervisor", "the process at the other end"),
+    ("broker worker", "epoll: waits for the others", "its kind"),
+    ("broker worker", "wakes its own threads", "an eventfd that no other process has"),
+    ("broker", "link to a worker: its requests", "the process at the other end"),
+    ("broker", "its own /proc/self/fd: how it opens inodes again, and attributes", "O_PATH, its name, on no mount of the share"),
+    ("broker", "of the share: an inode, by O_PATH", "its mount and O_PATH"),
+    ("broker", "of the share: a file that is open", "its mount"),
+    ("broker", "of the share: a directory that is open, or holds a mount", "its mount and O_DIRECTORY"),
+    ("control", "the frontend: its connection, or what vfsd would ask it by", "a stream socket, the other end in no process of vfsd"),
+    ("control", "link to a worker: memory and rings", "the process at the other end"),
+    ("control", "a ring's kick, call or err: the frontend's", "an eventfd or a pipe"),
+    ("control worker", "the guest's memory", "a memfd or file that a worker maps shared"),
+    ("worker", "link to the broker: requests, and the descriptors it donates", "the process at the other end"),
+    ("worker", "link to control: memory and rings", "the process at the other end"),
+    ("worker", "a ring's kick: the frontend's", "an eventfd that control has too, and that its epoll waits for"),
+    ("worker", "a ring's call or err: the frontend's", "an eventfd that control has too, and that its epoll does not wait for"),
+    ("worker", "a ring's kick, call or err: the frontend's", "a pipe that control has too"),
+    ("worker", "of the share, donated: a file that the guest opened", "its mount"),
+    ("worker", "of the share, donated: a directory that the guest opened", "its mount and O_DIRECTORY"),
+    ("worker", "of the share, donated: an inode, by O_PATH", "its mount and O_PATH"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Context:

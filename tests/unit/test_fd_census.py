@@ -1,0 +1,86 @@
+"""What the kernel says of descriptors: kinds, both ends of a socket, one eventfd in two processes."""
+
+import os
+import select
+import socket
+
+import pytest
+
+from vfsd.sandbox.fd_census import read_fds, unix_sockets
+
+
+def fds():
+    found = read_fds(os.getpid())
+    assert found is not None
+    return found
+
+
+def test_each_kind_is_told_with_what_it_alone_has(tmp_path):
+    path = tmp_path / "odd\nname\x1b"
+    path.touch()
+    eventfd, pidfd, file = os.eventfd(0), os.pidfd_open(os.getpid()), os.open(path, os.O_PATH)
+    with select.epoll() as epoll:
+        epoll.register(eventfd)
+        found = fds()
+        assert found[epoll.fileno()].target == "anon_inode:[eventpoll]"
+        assert found[epoll.fileno()].watched == (eventfd,)
+    assert found[eventfd].eventfd is not None
+    assert found[pidfd].process == os.getpid()
+    assert found[file].target.endswith("odd\\nname\\x1b")
+    assert found[file].flags & os.O_PATH
+    assert found[file].inode == path.stat().st_ino
+    assert found[file].mount is not None
+    for fd in (eventfd, pidfd, file):
+        os.close(fd)
+        assert fd not in fds()
+
+
+def test_one_eventfd_under_two_numbers_is_one_and_two_are_two():
+    first, second = os.eventfd(0), os.eventfd(0)
+    copy = os.dup(first)
+    found = fds()
+    assert found[first].eventfd == found[copy].eventfd != found[second].eventfd
+    for fd in (first, second, copy):
+        os.close(fd)
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
+def test_both_ends_of_a_socket_know_each_other(kind):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    with ours, theirs:
+        found, sockets = fds(), unix_sockets()
+        inode, peer = (found[each.fileno()].inode for each in (ours, theirs))
+        assert (sockets[inode].kind, sockets[inode].peer, sockets[inode].listens) == (kind, peer, False)
+        assert sockets[peer].peer == inode
+        theirs.close()
+        assert unix_sockets()[inode].peer is None
+    assert inode not in unix_sockets()
+
+
+def test_a_socket_that_listens_is_told(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        assert unix_sockets()[fds()[listener.fileno()].inode].listens
+
+
+def test_more_sockets_than_one_packet_holds_are_all_there():
+    pairs = [socket.socketpair() for _ in range(1500)] if hard_limit() > 4000 else []
+    if not pairs:
+        pytest.skip("the limit of open files is too low")
+    try:
+        sockets = unix_sockets()
+        assert all(os.fstat(each.fileno()).st_ino in sockets for pair in pairs for each in pair)
+    finally:
+        for pair in pairs:
+            for each in pair:
+                each.close()
+
+
+def hard_limit():
+    import resource  # noqa: PLC0415
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 4001 <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
