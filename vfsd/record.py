@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from vfsd.config import HandleMode, Options, SandboxMode, SeccompAction
 from vfsd.fds import OwnedFd
+from vfsd.sandbox.capabilities import change
 
 RECORD_NAME = "vfsd-record"
 MOST_RECORD_BYTES = 1 << 20
@@ -30,6 +31,7 @@ class InForce:
     inode_file_handles: HandleMode
     readonly: bool
     request_queues: int
+    broker_extra: str = ""  # capabilities that --modcaps gave to the broker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,7 @@ def in_force(options: Options) -> InForce:
         inode_file_handles=options.inode_file_handles,
         readonly=options.readonly,
         request_queues=options.request_queues,
+        broker_extra=" ".join(change((), options.modcaps)),
     )
 
 

@@ -32,6 +32,8 @@ RANGE_MAPS = (f"--uid-map=:0:{USER.uid}:1:", "--uid-map=:1:100000:65536:", f"--g
 MODES = {
     (): set(),
     ("--inode-file-handles=never", "--rlimit-nofile=2000"): set(),
+    ("--modcaps=-mknod:+kill:+sys_chroot:-sys_chroot",): {("broker", "capabilities")},
+    ("--modcaps=-mknod", "--readonly"): set(),
     ("--seccomp=trap",): {(role, "what seccomp does") for role in ("supervisor", "broker", "control", "worker")},
     ("--seccomp=log",): {(role, "what seccomp does") for role in ("supervisor", "broker", "control", "worker")},
     ("--seccomp=none",): {
@@ -49,10 +51,11 @@ def serving(folder, *extra, command=None):
     """A daemon with a frontend on three request queues, a file open through each."""
     served = start(folder, Options(request_queues=QUEUES, extra=extra), queues=QUEUES + 1, command=command)
     try:
-        entry = served.client.write_file(ROOT, b"file", bytes(4096))
+        (served.share / "file").write_bytes(bytes(4096))
+        entry = served.client.lookup(ROOT, b"file")
         for queue in range(1, QUEUES + 1):
             served.client.queue = queue
-            opened = served.client.open(entry.nodeid, os.O_RDWR)
+            opened = served.client.open(entry.nodeid)
             assert len(served.client.read(entry.nodeid, opened.fh, 0, 4096)) == 4096
         yield served
     finally:

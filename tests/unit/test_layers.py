@@ -24,6 +24,8 @@ ALLOWED = {
     "channel": BASE | {"wire"},
     "log": BASE | {"wire", "channel"},
     "role": SUPPORT,
+    "record": {"fds", "config", "sandbox"},
+    "tools": {"errors", "wire", "config", "sandbox", "cli_compat", "record", "tools"},
 }
 CODECS_OF_THE_GUEST = {"vfsd.wire.fuse_abi", "vfsd.wire.virtio_ring", "vfsd.wire.vhost_user"}
 INPUT_AND_OUTPUT = {
@@ -218,6 +220,9 @@ def test_every_layer_was_looked_at():
         ("worker.ops_dirs", "import os\nread = os.readlink"),
         ("worker.ops_dirs", "open('x')"),
         ("worker.ops_dirs", "eval('1')"),
+        ("tools.status", "from vfsd.broker.share import Share"),
+        ("tools.status", "from vfsd.roles import make_roles"),
+        ("record", "from vfsd.tools import daemon"),
     ],
 )
 def test_a_module_that_does_not_is_found(name, source):

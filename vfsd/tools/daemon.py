@@ -13,9 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from vfsd.cli_compat import modernize
 from vfsd.config import MAX_REQUEST_QUEUES
 from vfsd.errors import ConfigError
 from vfsd.record import MOST_RECORD_BYTES, RECORD_NAME, InForce, Report, escape, read_record
+from vfsd.sandbox.capabilities import change, decode_changes
 from vfsd.sandbox.census import ProcessCensus, take_census
 from vfsd.sandbox.fd_census import UnixSocket, unix_sockets
 from vfsd.sandbox.id_maps import IdMap, parse_id_map
@@ -152,13 +154,15 @@ def _options(census: ProcessCensus) -> InForce:
     parser.add_argument("--inode-file-handles", default="prefer")
     parser.add_argument("--readonly", action="store_true")
     parser.add_argument("--num-request-queues", dest="request_queues", type=int, default=MAX_REQUEST_QUEUES)
+    parser.add_argument("--modcaps", type=decode_changes, default=(), dest="broker_extra")
     try:
-        found, _ = parser.parse_known_args(census.command[1:])
+        found, _ = parser.parse_known_args(modernize(census.command[1:]))
     except argparse.ArgumentError as error:
         raise ConfigError(f"{census.pid}: its command line is not one of this version of vfsd: {error}") from error
     for name in ("shared_dir", "socket_path"):
         path = getattr(found, name)
         setattr(found, name, path and escape(os.fsencode(path)))
+    found.broker_extra = " ".join(change((), found.broker_extra))
     return InForce(**vars(found))
 
 

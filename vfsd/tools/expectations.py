@@ -61,6 +61,7 @@ NO_SECCOMP = Condition("--seccomp=none", lambda daemon: daemon.options.seccomp =
 SECCOMP_LOG = Condition("--seccomp=log", lambda daemon: daemon.options.seccomp == "log", weaker=True)
 SECCOMP_TRAP = Condition("--seccomp=trap", lambda daemon: daemon.options.seccomp == "trap", weaker=True)
 NO_HANDLES = Condition("--inode-file-handles=never", lambda daemon: daemon.options.inode_file_handles == "never")
+MORE_CAPABILITIES = Condition("--modcaps=+…", lambda daemon: bool(daemon.options.broker_extra), weaker=True)
 USER = Condition("an ordinary user", lambda daemon: not _started_by_root(daemon) and daemon.options.sandbox == "namespace")
 POWERLESS_USER = Condition(
     "an ordinary user, --sandbox=none", lambda daemon: not _started_by_root(daemon) and daemon.options.sandbox == "none", weaker=True
@@ -137,6 +138,7 @@ EXPECTATIONS: tuple[Expectation, ...] = (
         },
         (
             Variant(POWERLESS_USER, _same_for_all(rules.capabilities(HELD))),
+            Variant(MORE_CAPABILITIES, {"broker": rules.chosen_capabilities(HELD, BROKER, "DAC_READ_SEARCH")}),
             Variant(NO_HANDLES, {"broker": rules.capabilities(HELD, BROKER)}),
         ),
     ),

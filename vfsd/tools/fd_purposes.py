@@ -45,7 +45,7 @@ TOLD_BY: tuple[tuple[str, str, str], ...] = (
     ("supervisor", "the vhost-user socket: waits for the frontend", "a stream socket that listens"),
     ("supervisor", "the frontend, before it is handed over", "a connected stream socket, the other end in no process of vfsd"),
     ("supervisor", "signals that end vfsd", "a stream socket, the other end in the supervisor too"),
-    ("supervisor", "the service manager that started vfsd", "a datagram socket, the other end in no process of vfsd"),
+    ("supervisor", "the system's log, or the service manager that started vfsd", "a datagram socket, the other end in no process of vfsd"),
     ("supervisor", "channel to the broker", "the process at the other end"),
     ("supervisor", "channel to control", "the process at the other end"),
     ("supervisor", "channel to a worker", "the process at the other end"),
@@ -182,7 +182,7 @@ def _socket(context: Context, fd: Fd) -> str | None:
     if found.kind == socket.SOCK_STREAM:
         return _stream(process, listens=found.listens, peers=peers, connected=found.peer is not None)
     if found.kind == socket.SOCK_DGRAM:
-        return "the service manager that started vfsd" if process.role == "supervisor" and not peers else None
+        return "the system's log, or the service manager that started vfsd" if process.role == "supervisor" and not peers else None
     other = next((each.role for each in context.daemon.processes if each.pid in peers and each.pid != process.pid), None)
     if other is None and not peers and any(each.census.fds is None for each in context.daemon.processes):
         return OTHER_END_UNSEEN

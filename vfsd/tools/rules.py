@@ -136,6 +136,17 @@ def capabilities(sets: Sequence[str], at_most: Iterable[str] = ()) -> Rule:
     return Rule(text, look)
 
 
+def chosen_capabilities(sets: Sequence[str], usual: Sequence[str], of_handles: str) -> Rule:
+    """Of a broker that --modcaps gave more."""
+
+    def look(subject: Subject) -> Seen:
+        options = subject.daemon.options
+        handles = () if options.inode_file_handles == "never" else (of_handles,)
+        return capabilities(sets, (*usual, *handles, *options.broker_extra.split())).look(subject)
+
+    return Rule("also those that the option adds", look)
+
+
 def securebits(bits: int) -> Rule:
     def look(subject: Subject) -> Seen:
         report = subject.process.report
