@@ -1,4 +1,6 @@
+import mmap
 import os
+import resource
 import threading
 
 import pytest
@@ -68,3 +70,25 @@ def test_what_may_not_be_seen_is_none():
     assert os.read(read_fd, 10) == b"unseen"
     os.close(read_fd)
     os.close(write_fd)
+
+
+def test_files_mapped_shared_are_listed_as_their_descriptors_are(tmp_path):
+    path = tmp_path / "odd name \xff\x1b"
+    path.write_bytes(bytes(4096))
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 4096) as shared:
+        census = take_census(os.getpid())
+        fd = census.fds[file.fileno()]
+        assert (fd.inode, fd.target) in census.mapped
+        assert len(shared) == 4096
+    assert (fd.inode, fd.target) not in take_census(os.getpid()).mapped
+
+
+def test_limits_environment_and_mounts_are_those_of_the_process():
+    census = take_census(os.getpid(), list_root=False)
+    assert census.limits["open files"] == tuple(resource.getrlimit(resource.RLIMIT_NOFILE))
+    assert census.limits["core file size"] == tuple(resource.getrlimit(resource.RLIMIT_CORE))
+    assert census.parent == os.getppid()
+    assert "PATH" in census.environment
+    assert any(mount.point == "/proc" and mount.fs_type == "proc" for mount in census.mounts)
+    assert census.leader.cwd == ascii(os.getcwd())[1:-1]
+    assert census.root_entries is None

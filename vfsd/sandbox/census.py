@@ -73,7 +73,7 @@ class ProcessCensus:
     mounts: tuple[Mount, ...] | None
     memory_owner: int  # the uid to whom the kernel shows its memory: not its own while it is not dumpable
     fds: dict[int, Fd] | None
-    mapped: frozenset[int] | None  # files mapped shared, by their inodes
+    mapped: frozenset[tuple[int, str]] | None  # files mapped shared: inode and name, escaped as the targets of descriptors
     root_entries: tuple[str, ...] | None  # what its root directory holds
 
     @property
@@ -104,7 +104,7 @@ def take_census(pid: int, *, list_root: bool = True) -> ProcessCensus:
         mounts=_mounts(pid),
         memory_owner=os.stat(f"/proc/{pid}/mem").st_uid,
         fds=read_fds(pid),
-        mapped=None if maps is None else frozenset(_shared_mappings(maps.decode(errors="backslashreplace"))),
+        mapped=None if maps is None else frozenset(_shared_mappings(maps.decode(errors="surrogateescape"))),
         root_entries=_root_entries(pid) if list_root else None,
     )
 
@@ -189,12 +189,12 @@ def _mounts(pid: int) -> tuple[Mount, ...] | None:
     return tuple(found)
 
 
-def _shared_mappings(maps: str) -> Iterator[int]:
+def _shared_mappings(maps: str) -> Iterator[tuple[int, str]]:
     """proc(5), maps: address, permissions, offset, device, inode, name."""
     for line in maps.splitlines():
         words = line.split(None, 5)
-        if words[1].endswith("s"):
-            yield int(words[4])
+        if words[1].endswith("s") and len(words) == 6:
+            yield int(words[4]), ascii(words[5])[1:-1]
 
 
 def _namespaces(pid: int, tid: int) -> dict[str, str] | None:

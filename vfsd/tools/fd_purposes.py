@@ -17,11 +17,12 @@ from vfsd.sandbox.census import ProcessCensus
 from vfsd.sandbox.fd_census import Fd
 from vfsd.tools.daemon import Daemon, Process
 
-_O_PATH, _O_DIRECTORY = os.O_PATH, os.O_DIRECTORY
+_O_PATH = os.O_PATH
 _STANDARD = 3
 _LAST_WORDS = "/memfd:vfsd-last-words (deleted)"
 _RECORD = f"/memfd:{RECORD_NAME} (deleted)"
-_MEMORY_KINDS = ("/memfd:", "/dev/shm/", "/dev/hugepages", "/tmp/", "/dev/zero")  # noqa: S108  # as links show them
+_ANY_SIGNAL = "a ring's kick, call or err: the frontend's"
+_LOG_OR_MANAGER = "the system's log, or the service manager that started vfsd"
 OTHER_END_UNSEEN = "a socket whose other end is not visible to this user"
 _CHANNEL_TO = {
     ("supervisor", "broker"): "channel to the broker",
@@ -66,13 +67,13 @@ TOLD_BY: tuple[tuple[str, str, str], ...] = (
     ("broker", "of the share: a directory that is open, or holds a mount", "its mount and O_DIRECTORY"),
     ("control", "the frontend: its connection, or what vfsd would ask it by", "a stream socket, the other end in no process of vfsd"),
     ("control", "link to a worker: memory and rings", "the process at the other end"),
-    ("control", "a ring's kick, call or err: the frontend's", "an eventfd or a pipe"),
+    ("control", "a ring's kick, call or err: the frontend's", "an eventfd; a pipe or socket that a worker has too, as below"),
     ("control worker", "the guest's memory", "a memfd or file that a worker maps shared"),
     ("worker", "link to the broker: requests, and the descriptors it donates", "the process at the other end"),
     ("worker", "link to control: memory and rings", "the process at the other end"),
     ("worker", "a ring's kick: the frontend's", "an eventfd that control has too, and that its epoll waits for"),
     ("worker", "a ring's call or err: the frontend's", "an eventfd that control has too, and that its epoll does not wait for"),
-    ("worker", "a ring's kick, call or err: the frontend's", "a pipe that control has too"),
+    ("worker", "a ring's kick, call or err: the frontend's", "a pipe or socket that control has too, the other end in no process of vfsd"),
     ("worker", "of the share, donated: a file that the guest opened", "its mount"),
     ("worker", "of the share, donated: a directory that the guest opened", "its mount and O_DIRECTORY"),
     ("worker", "of the share, donated: an inode, by O_PATH", "its mount and O_PATH"),
@@ -85,23 +86,23 @@ class Context:
 
     daemon: Daemon
     process: Process
-    holders: dict[int, set[int]]  # a socket's inode -> pids
+    holders: dict[str, set[int]]  # a socket or pipe, as its link shows it -> pids
     eventfds: dict[int, set[str]]  # an eventfd -> roles
-    memory: frozenset[int]  # inodes that a worker maps shared
+    memory: frozenset[tuple[int, str]]  # what a worker maps shared
     share_mounts: frozenset[int] | None  # None: the broker's mounts are those of the host
 
 
 def purposes(daemon: Daemon) -> dict[int, dict[int, str | None]]:
     """By pid and descriptor: what it is for, None if unknown. A process whose descriptors we may not see is not in it."""
-    holders: dict[int, set[int]] = {}
+    holders: dict[str, set[int]] = {}
     eventfds: dict[int, set[str]] = {}
     for process in daemon.processes:
         for fd in (process.census.fds or {}).values():
-            if fd.target.startswith("socket:") and fd.inode is not None:
-                holders.setdefault(fd.inode, set()).add(process.pid)
+            if fd.target.startswith(("socket:", "pipe:")):
+                holders.setdefault(fd.target, set()).add(process.pid)
             if fd.eventfd is not None:
                 eventfds.setdefault(fd.eventfd, set()).add(process.role)
-    memory = frozenset(inode for process in _of_role(daemon, "worker") for inode in process.census.mapped or ())
+    memory = frozenset(mapped for process in _of_role(daemon, "worker") for mapped in process.census.mapped or ())
     mounts = _share_mounts(daemon)
     return {
         process.pid: {
@@ -114,7 +115,7 @@ def purposes(daemon: Daemon) -> dict[int, dict[int, str | None]]:
 
 def purpose(context: Context, fd: Fd) -> str | None:
     """None: nothing that is known explains it."""
-    explain: tuple[Callable[[Context, Fd], str | None], ...] = (_standard, _own_kind, _socket, _eventfd, _guest_memory, _of_share)
+    explain: tuple[Callable[[Context, Fd], str | None], ...] = (_standard, _own_kind, _signal, _socket, _guest_memory, _of_share)
     return next((found for each in explain if (found := each(context, fd)) is not None), None)
 
 
@@ -178,11 +179,11 @@ def _socket(context: Context, fd: Fd) -> str | None:
     found = context.daemon.sockets.get(fd.inode)
     if found is None:
         return None
-    process, peers = context.process, context.holders.get(found.peer or 0, set())
+    process, peers = context.process, context.holders.get(f"socket:[{found.peer}]", set())
     if found.kind == socket.SOCK_STREAM:
         return _stream(process, listens=found.listens, peers=peers, connected=found.peer is not None)
     if found.kind == socket.SOCK_DGRAM:
-        return "the system's log, or the service manager that started vfsd" if process.role == "supervisor" and not peers else None
+        return _LOG_OR_MANAGER if process.role == "supervisor" and not peers else None
     other = next((each.role for each in context.daemon.processes if each.pid in peers and each.pid != process.pid), None)
     if other is None and not peers and any(each.census.fds is None for each in context.daemon.processes):
         return OTHER_END_UNSEEN
@@ -200,25 +201,27 @@ def _stream(process: Process, *, listens: bool, peers: set[int], connected: bool
     return "the frontend: its connection, or what vfsd would ask it by" if process.role == "control" and not peers and not listens else None
 
 
-def _eventfd(context: Context, fd: Fd) -> str | None:
-    role = context.process.role
-    is_pipe = fd.target.startswith("pipe:")
-    if fd.eventfd is None and not is_pipe:
-        return None
+def _signal(context: Context, fd: Fd) -> str | None:
+    """Kicks, calls and errs come from the frontend by way of control. QEMU's are eventfds, User-Mode Linux has stream sockets too."""
+    if fd.eventfd is None:
+        return _ANY_SIGNAL if _is_the_frontends(context, fd) else None
+    role, holders = context.process.role, context.eventfds.get(fd.eventfd, set())
     if role == "control":
-        return "a ring's kick, call or err: the frontend's"
-    if is_pipe:
-        return "a ring's kick, call or err: the frontend's" if role == "worker" and _control_holds_pipe(context, fd) else None
-    if role == "worker" and "control" in context.eventfds.get(fd.eventfd or 0, ()):
+        return _ANY_SIGNAL
+    if role == "worker" and "control" in holders:
         return "a ring's kick: the frontend's" if fd.number in _watched(context.process.census) else "a ring's call or err: the frontend's"
-    is_own = context.eventfds.get(fd.eventfd or 0) == {role}
-    return "wakes its own threads" if is_own and role in ("broker", "worker") else None
+    return "wakes its own threads" if holders == {role} and role in ("broker", "worker") else None
 
 
-def _control_holds_pipe(context: Context, fd: Fd) -> bool:
-    return any(
-        other.target == fd.target for control in _of_role(context.daemon, "control") for other in (control.census.fds or {}).values()
-    )
+def _is_the_frontends(context: Context, fd: Fd) -> bool:
+    """A pipe or socket that control and a worker have both, and the other end of which no process of ours has."""
+    holders = context.holders.get(fd.target, set())
+    if {each.role for each in context.daemon.processes if each.pid in holders} != {"control", "worker"}:
+        return False
+    if fd.target.startswith("pipe:"):
+        return True
+    found = (context.daemon.sockets or {}).get(fd.inode or 0)
+    return found is not None and not found.listens and f"socket:[{found.peer}]" not in context.holders
 
 
 def _watched(census: ProcessCensus) -> set[int]:
@@ -227,22 +230,27 @@ def _watched(census: ProcessCensus) -> set[int]:
 
 def _guest_memory(context: Context, fd: Fd) -> str | None:
     """What workers map shared is guest memory: their filter permits them no other shared mapping."""
-    is_file = fd.target.startswith(_MEMORY_KINDS) and not fd.flags & (_O_PATH | _O_DIRECTORY)
+    is_file = fd.target.startswith("/") and not fd.flags & _O_PATH and not _is_directory(fd)
     if context.process.role not in ("control", "worker") or not is_file or fd.target == _LAST_WORDS:
         return None
-    return "the guest's memory" if fd.inode in context.memory and not _on_share(context, fd) else None
+    return "the guest's memory" if (fd.inode, fd.target) in context.memory and not _on_share(context, fd) else None
 
 
 def _of_share(context: Context, fd: Fd) -> str | None:
     role = context.process.role
     if role not in ("broker", "worker") or not _on_share(context, fd):
         return None
-    kind = "directory" if fd.flags & _O_DIRECTORY else "file"
+    kind = "directory" if _is_directory(fd) else "file"
     if role == "worker":
         return "of the share, donated: " + ("an inode, by O_PATH" if fd.flags & _O_PATH else f"a {kind} that the guest opened")
     if fd.flags & _O_PATH:
         return "of the share: an inode, by O_PATH"
     return f"of the share: a {kind} that is open" + (", or holds a mount" if kind == "directory" else "")
+
+
+def _is_directory(fd: Fd) -> bool:
+    """O_TMPFILE has the bit of O_DIRECTORY in it."""
+    return bool(fd.flags & os.O_DIRECTORY) and fd.flags & os.O_TMPFILE != os.O_TMPFILE
 
 
 def _on_share(context: Context, fd: Fd) -> bool:
