@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,8 @@ from tests.support.as_user import User, command_as
 from tests.support.frontend.daemon import Daemon, Options, vfsd
 from tests.support.frontend.fuse_client import ROOT
 from tests.support.frontend.serving import start
-from vfsd.sandbox.fd_census import Fd
+from vfsd.sandbox.fd_census import Fd, UnixSocket
+from vfsd.tools import rules
 from vfsd.tools.daemon import examine
 from vfsd.tools.expectations import EXPECTATIONS, judge
 from vfsd.tools.fd_purposes import TOLD_BY, purposes
@@ -296,6 +298,34 @@ def test_every_expectation_was_tried():
 def test_what_a_broker_must_not_have_is_found(daemon, what, spoil):
     found, name = spoilt(daemon, spoil, "broker")
     assert found == {(name, what)}
+
+
+def test_a_mount_that_the_host_made_later_in_the_share_is_named(daemon):
+    """It has the host's attributes, not those that the broker's own mounts have."""
+
+    def with_later_mount(process):
+        later = replace(process.census.mounts[0], number=9999, point="/sub", options=frozenset({"rw"}))
+        return with_census(process, mounts=(*process.census.mounts, later))
+
+    broker = next(process for process in daemon.processes if process.role == "broker")
+    others = tuple(process for process in daemon.processes if process is not broker)
+    (bad,) = [each for _, each in findings(replace(daemon, processes=(*others, with_later_mount(broker)))) if each.state == "NOT MET"]
+    assert "/sub has not nodev nosuid nosymfollow" in bad.seen
+
+
+def test_a_sysctl_that_would_open_the_brokers_memory_is_found(daemon, monkeypatch):
+    monkeypatch.setattr(rules, "_suid_dumpable", lambda: 1)
+    assert [(name, what) for name, what, _ in not_met(daemon)] == [("broker", "memory")]
+
+
+def test_only_the_supervisor_may_speak_to_the_system_log_or_a_service_manager(daemon):
+    sockets = {**daemon.sockets, 7: UnixSocket(socket.SOCK_DGRAM, listens=False, peer=8)}
+    spoil = with_fd(Fd(number=99, target="socket:[7]", inode=7))
+    for role, expected in (("supervisor", set()), ("broker", {"descriptors"}), ("worker", {"descriptors"})):
+        processes = list(daemon.processes)
+        at = next(at for at, process in enumerate(processes) if process.role == role)
+        processes[at] = spoil(processes[at])
+        assert {what for _, what, _ in not_met(replace(daemon, processes=tuple(processes), sockets=sockets))} == expected
 
 
 def test_a_second_broker_is_found(daemon):
