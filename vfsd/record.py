@@ -32,6 +32,8 @@ class InForce:
     readonly: bool
     request_queues: int
     broker_extra: str = ""  # capabilities that --modcaps gave to the broker
+    seccomp_policy: str | None = None  # None: the one that vfsd comes with
+    allow_weak_policy: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,8 @@ def in_force(options: Options) -> InForce:
         readonly=options.readonly,
         request_queues=options.request_queues,
         broker_extra=" ".join(change((), options.modcaps)),
+        seccomp_policy=None if options.seccomp_policy is None else escape(os.fsencode(options.seccomp_policy)),
+        allow_weak_policy=options.allow_weak_policy,
     )
 
 

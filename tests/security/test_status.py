@@ -19,6 +19,7 @@ from tests.support.frontend.daemon import Daemon, Options, vfsd
 from tests.support.frontend.fuse_client import ROOT
 from tests.support.frontend.serving import start
 from vfsd.sandbox.fd_census import Fd, UnixSocket
+from vfsd.sandbox.seccomp import POLICY_FILE
 from vfsd.tools import rules
 from vfsd.tools.daemon import examine
 from vfsd.tools.expectations import EXPECTATIONS, judge
@@ -35,11 +36,16 @@ MODES = {
     (): set(),
     ("--inode-file-handles=never", "--rlimit-nofile=2000"): set(),
     ("--modcaps=-mknod:+kill:+sys_chroot:-sys_chroot",): {("broker", "capabilities")},
-    ("--modcaps=-mknod", "--readonly"): set(),
+    ("--modcaps=-mknod", "--readonly", f"--seccomp-policy={POLICY_FILE}"): set(),
+    (f"--seccomp-policy={POLICY_FILE}", "--allow-weak-policy"): {
+        (role, "seccomp policy") for role in ("supervisor", "broker", "control", "worker")
+    },
     ("--seccomp=trap",): {(role, "what seccomp does") for role in ("supervisor", "broker", "control", "worker")},
     ("--seccomp=log",): {(role, "what seccomp does") for role in ("supervisor", "broker", "control", "worker")},
     ("--seccomp=none",): {
-        (role, what) for role in ("supervisor", "broker", "control", "worker") for what in ("seccomp", "what seccomp does")
+        (role, what)
+        for role in ("supervisor", "broker", "control", "worker")
+        for what in ("seccomp", "what seccomp does", "seccomp policy")
     },
     ("--sandbox=chroot",): {
         (role, what) for role in ("broker", "control", "worker") for what in ("namespaces", "root directory", "working directory")
@@ -281,7 +287,7 @@ def test_what_is_not_as_expected_is_found(daemon, what, spoil):
 
 
 def test_every_expectation_was_tried():
-    decided_by_options = {"what seccomp does"}
+    decided_by_options = {"what seccomp does", "seccomp policy"}
     assert {each.what for each in EXPECTATIONS} - decided_by_options == set(SPOILT)
 
 

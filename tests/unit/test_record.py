@@ -45,6 +45,7 @@ def test_a_record_that_is_empty_or_of_another_version_is_refused():
         (),
         ("--sandbox=none", "--seccomp=log", "--readonly"),
         ("--seccomp", "trap", "--inode-file-handles", "never", "--num-request-queues", "7"),
+        ("--seccomp-policy", "/etc/policy.toml", "--allow-weak-policy"),
         ("--modcaps=-mknod:+kill", "-o", "sandbox=chroot,no_flock", "-d"),
         ("--xattr", "--posix-acl", "--cache=never", "--uid-map=:0:1:1:", "--num-request-queues=64"),
     ],

@@ -154,12 +154,14 @@ def _options(census: ProcessCensus) -> InForce:
     parser.add_argument("--inode-file-handles", default="prefer")
     parser.add_argument("--readonly", action="store_true")
     parser.add_argument("--num-request-queues", dest="request_queues", type=int, default=MAX_REQUEST_QUEUES)
+    parser.add_argument("--seccomp-policy")
+    parser.add_argument("--allow-weak-policy", action="store_true")
     parser.add_argument("--modcaps", type=decode_changes, default=(), dest="broker_extra")
     try:
         found, _ = parser.parse_known_args(modernize(census.command[1:]))
     except argparse.ArgumentError as error:
         raise ConfigError(f"{census.pid}: its command line is not one of this version of vfsd: {error}") from error
-    for name in ("shared_dir", "socket_path"):
+    for name in ("shared_dir", "socket_path", "seccomp_policy"):
         path = getattr(found, name)
         setattr(found, name, path and escape(os.fsencode(path)))
     found.broker_extra = " ".join(change((), found.broker_extra))

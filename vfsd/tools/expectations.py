@@ -60,6 +60,10 @@ NO_SANDBOX = Condition("--sandbox=none", lambda daemon: daemon.options.sandbox =
 NO_SECCOMP = Condition("--seccomp=none", lambda daemon: daemon.options.seccomp == "none", weaker=True)
 SECCOMP_LOG = Condition("--seccomp=log", lambda daemon: daemon.options.seccomp == "log", weaker=True)
 SECCOMP_TRAP = Condition("--seccomp=trap", lambda daemon: daemon.options.seccomp == "trap", weaker=True)
+OTHER_POLICY = Condition(
+    "--seccomp-policy", lambda daemon: daemon.options.seccomp_policy is not None and not daemon.options.allow_weak_policy
+)
+WEAK_POLICY = Condition("--allow-weak-policy", lambda daemon: daemon.options.allow_weak_policy, weaker=True)
 NO_HANDLES = Condition("--inode-file-handles=never", lambda daemon: daemon.options.inode_file_handles == "never")
 MORE_CAPABILITIES = Condition("--modcaps=+…", lambda daemon: bool(daemon.options.broker_extra), weaker=True)
 USER = Condition("an ordinary user", lambda daemon: not _started_by_root(daemon) and daemon.options.sandbox == "namespace")
@@ -188,6 +192,15 @@ EXPECTATIONS: tuple[Expectation, ...] = (
             Variant(NO_SECCOMP, _same_for_all(rules.filter_action("none", "nothing"))),
             Variant(SECCOMP_LOG, _same_for_all(rules.filter_action("log", "lets it pass, and logs it"))),
             Variant(SECCOMP_TRAP, _same_for_all(rules.filter_action("trap", "denies it by SIGSYS, which the process could catch"))),
+        ),
+    ),
+    Expectation(
+        "seccomp policy", "the option --seccomp-policy; the kernel does not show it",
+        _same_for_all(rules.policy("the one that vfsd comes with", shipped=True)),
+        (
+            Variant(NO_SECCOMP, _same_for_all(rules.anything("none", lambda _subject: "none"))),
+            Variant(OTHER_POLICY, _same_for_all(rules.policy("another, that allows nothing forbidden: read that one", shipped=False))),
+            Variant(WEAK_POLICY, _same_for_all(rules.policy("another, that allows what no policy should", shipped=False))),
         ),
     ),
     Expectation(

@@ -196,6 +196,14 @@ def filter_action(action: str, text: str) -> Rule:
     return Rule(text, lambda subject: Seen(subject.daemon.options.seccomp == action, f"--seccomp={subject.daemon.options.seccomp}"))
 
 
+def policy(text: str, *, shipped: bool) -> Rule:
+    def look(subject: Subject) -> Seen:
+        path = subject.daemon.options.seccomp_policy
+        return Seen((path is None) == shipped, "no --seccomp-policy" if path is None else path)
+
+    return Rule(text, look)
+
+
 def landlock(text: str) -> Rule:
     def look(subject: Subject) -> Seen:
         report = subject.process.report
