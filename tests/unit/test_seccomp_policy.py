@@ -137,6 +137,27 @@ def test_is_fd_means_what_the_kernel_takes_for_a_descriptor(value):
     assert (verdict("arg0 is fd", value) == "allow") == (value < 2**31)
 
 
+@pytest.mark.parametrize("number", ["010", "00", "0x", "9" * 5000, "0x" + "f" * 5000])
+def test_what_python_would_not_read_as_a_number_is_refused(number):
+    assert "neither a number nor" in refusal(rule(when=[f"arg1 == {number}"]))
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "4096", "010", "0x10", "\u0663"])
+def test_an_errno_that_cannot_be_is_refused(number):
+    assert "there is no such errno" in refusal(rule(action=f"errno({number})"))
+
+
+@pytest.mark.parametrize("condition", ["arg0 has 0x100000000", "arg0 == 0x100000001", "arg0 & 0x100000003 == 0x100000001"])
+def test_a_condition_on_bits_that_the_kernel_does_not_see_is_refused(condition):
+    assert "32 bits wide" in refusal(rule(syscall="write", when=[condition]))
+    assert verdict(condition.replace("arg0", "arg1"), 0, 0x100000001, syscall="write") == "allow"
+
+
+def test_a_document_that_nests_too_deeply_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="recursion"):
+        load_text(tmp_path, "version = " + "[" * 5000)
+
+
 def test_conditions_on_one_argument_are_joined():
     found = role_of(rule(syscall="mmap", when=["arg3 only 0x22", "arg3 has 0x20"]))
     assert [found.verdict("mmap", (0, 0, 0, flags, 0, 0), "x86_64") for flags in (0x20, 0x22, 0x02, 0x21)] == [

@@ -110,7 +110,7 @@ def read_policy(path: str) -> tuple[dict[str, Any], str]:
         if len(text) > _POLICY_BYTES_MAX:
             raise ConfigError(f"seccomp policy {path}: is longer than {_POLICY_BYTES_MAX} bytes; give another file")
         return tomllib.loads(text.decode()), hashlib.sha256(text).hexdigest()
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:  # the last: brackets in brackets
         mend = "reinstall vfsd, or use --seccomp=none" if path == POLICY_FILE else "give another file"
         raise ConfigError(f"seccomp policy {path}: {error}; {mend}") from error
 

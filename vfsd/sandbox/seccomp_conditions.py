@@ -19,7 +19,7 @@ _LOW_BITS = (1 << 32) - 1
 _NEGATIVE_FD_BITS = _ALL_BITS & ~0x7FFFFFFF
 
 _CONDITION = re.compile(r"arg([0-5]) (?:(==|!=|<=|>=|<|>|only|has) (.+)|(is) fd|& (.+) == (.+))")
-_NUMBER = re.compile(r"0x[0-9a-fA-F]+|[0-9]+")
+_NUMBER = re.compile(r"0x[0-9a-fA-F]{1,32}|0|[1-9][0-9]{0,31}")  # no leading zero: is 010 eight or ten?
 
 Operator = Literal["masked", "!=", "<", "<=", ">", ">="]
 _ORDER: dict[str, Operator] = {"!=": "!=", "<": "<", "<=": "<=", ">": ">", ">=": ">="}
@@ -81,7 +81,7 @@ def _parse_condition(text: str, syscall: str, architecture: str, *, denies: bool
 
     The kernel looks at the low half of a narrow argument, the filter at all of it. An order comparison or `!=` is satisfied
     by high bits alone: write(0x100000001) satisfies `fd >= 3` and writes to fd 1. A denial is evaded by them, so there they
-    must be masked away. `==`, `only`, `has`, `is fd` and masks are exact where they permit.
+    must be masked away. `==`, `only`, `has`, `is fd` and masks are exact where they permit, unless they ask for one of those bits.
     """
     matched = _CONDITION.fullmatch(text)
     if matched is None:
@@ -93,6 +93,11 @@ def _parse_condition(text: str, syscall: str, architecture: str, *, denies: bool
         raise Refused(
             f'condition "{text}": argument {argument} of {syscall} is 32 bits wide, and this comparison does not test the upper half, '
             "which the caller sets as it likes; use ==, only, or a mask"
+        )
+    if narrow and comparison.operand & ~_LOW_BITS:
+        raise Refused(
+            f'condition "{text}": argument {argument} of {syscall} is 32 bits wide: the kernel looks at no bit above them, which the caller '
+            "sets as it likes"
         )
     if narrow and denies and comparison.value & ~_LOW_BITS:
         raise Refused(

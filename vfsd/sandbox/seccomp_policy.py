@@ -24,6 +24,7 @@ ROLES = ("broker", "control", "worker", "supervisor")
 
 _LARGEST_ERRNO = 4095
 _ERRNO_ACTION = re.compile(r"errno\((\w+)\)")
+_ERRNO_NUMBER = re.compile(r"0|[1-9][0-9]{0,3}")
 _SYSCALL = re.compile(r"[a-z][a-z0-9_]*")
 
 _RULE_KEYS = {"syscall", "when", "action", "arch", "reason", "used_by"}
@@ -174,7 +175,7 @@ def _parse_action(text: Any) -> Action:
     if matched is None:
         raise Refused(f"action {text!r}: must be allow, kill or errno(NAME)")
     name = matched[1]
-    number = int(name) if name.isdecimal() else getattr(errno, name, None)
+    number = int(name) if _ERRNO_NUMBER.fullmatch(name) else getattr(errno, name, None)
     if not isinstance(number, int) or number > _LARGEST_ERRNO:
         raise Refused(f"action {text!r}: there is no such errno")
     return number
