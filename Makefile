@@ -8,8 +8,9 @@ PYTHON ?= python3
 GUEST ?= uml
 BIN := .venv/bin
 PYTEST_ARGS ?=
+SECONDS ?= 60
 
-.PHONY: all packages venv guests format check test test-all demo bench clean
+.PHONY: all packages venv guests format check test test-all fuzz fuzz-seeds demo bench clean
 all: check
 
 packages:                       # Debian packages, only those that are missing
@@ -34,6 +35,15 @@ test: venv                      # everything, in sizes that suit an everyday run
 
 test-all: venv                  # everything, in full size and on every guest kernel
 	VFSD_TEST_FULL=1 $(BIN)/pytest -n auto $(PYTEST_ARGS)
+
+.venv/fuzz: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]' && touch $@
+
+fuzz: .venv/fuzz                # TARGET=name SECONDS=n; TARGET=name INPUT=file repeats one input. docs/fuzzing.md
+	@$(BIN)/python -m tests.fuzz $(TARGET) --seconds '$(SECONDS)' $(if $(INPUT),--input '$(INPUT)')
+
+fuzz-seeds: venv                # the seeds in tests/fuzz/corpus, written again when a target reads its input otherwise
+	@$(BIN)/python -m tests.fuzz --write-seeds
 
 demo: venv                      # SHARE=directory GUEST=uml|qemu SHELL=1
 	@$(BIN)/python -m tools.demo --guest '$(GUEST)' $(if $(filter-out 0 no,$(GUEST_SHELL)),--shell)
