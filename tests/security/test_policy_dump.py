@@ -1,0 +1,162 @@
+"""`vfsdctl policy dump`: what the kernel has on a daemon that runs is what the policy compiles to, and looking disturbs nobody."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.frontend.checks import eventually
+from tests.support.frontend.daemon import Daemon, Options
+from tests.support.frontend.fuse_client import ROOT
+from tests.support.frontend.serving import start
+from vfsd.errors import ConfigError
+from vfsd.sandbox.ptrace import read_filters
+from vfsd.sandbox.seccomp import load_policy
+from vfsd.tools import loaded_filters, processes, vfsdctl
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    running = start(tmp_path_factory.mktemp("dumped"), Options(request_queues=2), queues=3)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def known():
+    return loaded_filters.compiled_filters(load_policy())
+
+
+def dump(capsys, *words):
+    status = vfsdctl.run(["policy", "dump", *words])
+    return status, capsys.readouterr().out
+
+
+def test_every_thread_of_every_process_has_the_filters_of_the_policy_and_no_other(served, capsys):
+    status, out = dump(capsys, "--socket", str(served.daemon.socket), "--json")
+    found = json.loads(out)
+    assert (status, found["as_expected"]) == (0, True)
+    roles = {each["pid"]: each["role"] for each in found["processes"]}
+    assert sorted(roles) == sorted(served.daemon.pids())
+    assert sorted(roles.values()) == ["broker", "control", "supervisor", "worker", "worker"]
+    for process in found["processes"]:
+        assert {thread["tid"] for thread in process["threads"]} == {int(tid) for tid in os.listdir(f"/proc/{process['pid']}/task")}
+        for thread in process["threads"]:
+            filters = [found["filters"][digest] for digest in thread["filters"]]
+            assert tuple(each["role"] for each in filters) == loaded_filters.EXPECTED[process["role"]]
+            assert {each["action"] for each in filters} == {"kill"}
+
+
+def test_what_the_kernel_has_is_byte_for_byte_what_was_compiled(served):
+    policy = load_policy()
+    (control,) = [pid for pid in served.daemon.pids() if processes.role_of(pid) == "control"]
+    assert read_filters(control) == (policy.compile("supervisor", "kill"), policy.compile("control", "kill"))
+
+
+def test_looking_at_a_daemon_disturbs_none_of_its_requests(served, capsys):
+    """Every thread is stopped and let go in the middle of its waits, over and over, while a guest works."""
+    looker = subprocess.Popen(
+        [sys.executable, "-c", LOOK_AND_LOOK, "policy", "dump", "--socket", str(served.daemon.socket)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    number = 0
+    while looker.poll() is None:
+        entry = served.client.write_file(ROOT, b"%d" % number, b"what %d" % number)
+        assert served.client.read_file(entry.nodeid) == b"what %d" % number
+        number += 1
+    assert (looker.returncode, looker.stderr.read()) == (0, "")
+    looker.stderr.close()
+    assert number > 0
+    assert served.unexpected_log() == []
+
+
+LOOK = "sys.exit(vfsdctl.run(sys.argv[1:]))"
+LOOK_AND_LOOK = "import sys; from vfsd.tools import vfsdctl; sys.exit(max(vfsdctl.run(sys.argv[1:]) for _ in range(10)))"
+
+
+def test_the_people_are_told_in_words(served, capsys):
+    status, out = dump(capsys, "--pid", str(served.daemon.pid), "--all")
+    assert status == 0
+    assert "supervisor (pid" in out
+    assert "2 filters, the oldest first" in out
+    assert "unknown" not in out
+
+
+def test_a_filter_that_the_policy_does_not_make_is_unknown(served, capsys, tmp_path):
+    changed = tmp_path / "policy.toml"
+    with open(processes.__file__.replace("tools/processes.py", "sandbox/seccomp_policy.toml"), encoding="utf-8") as file:
+        changed.write_text("".join(line for line in file if '"restart_syscall"' not in line))
+    status, out = dump(capsys, "--socket", str(served.daemon.socket), "--policy", str(changed))
+    assert status == 1
+    assert "WRONG: thread" in out
+    assert "2 filters (supervisor, unknown), a worker should have 2 filters (supervisor, worker)" in out
+
+
+def test_a_daemon_that_only_logs_is_not_as_it_should_be(tmp_path, capsys):
+    (tmp_path / "share").mkdir()
+    with Daemon(tmp_path / "share", tmp_path / "vfsd.sock", Options(extra=("--seccomp=log",))) as daemon:
+        status, out = dump(capsys, "--socket", str(daemon.socket))
+    assert status == 1
+    assert "only logs" in out
+
+
+def test_a_daemon_without_filters_is_not_as_it_should_be(tmp_path, capsys):
+    (tmp_path / "share").mkdir()
+    with Daemon(tmp_path / "share", tmp_path / "vfsd.sock", Options(extra=("--seccomp=none",))) as daemon:
+        status, out = dump(capsys, "--socket", str(daemon.socket))
+    assert status == 1
+    assert "has no filter" in out
+
+
+def test_a_process_that_is_gone_is_said_to_be(known):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with pytest.raises(ConfigError, match=f"there is no process {ended.pid}"):
+        loaded_filters.look_at(ended.pid, known)
+    with pytest.raises(ConfigError, match=r"does not name a daemon"):
+        processes.supervisor_of("/var/tmp/no such socket")
+
+
+def test_who_may_not_look_is_told_what_it_takes(served):
+    done = look_after("os.setresgid(*[65534] * 3); os.setresuid(*[65534] * 3)", served.daemon.pid)
+    assert done.returncode == 1, done.stderr
+    assert "it takes CAP_SYS_ADMIN and CAP_SYS_PTRACE" in done.stderr
+
+
+def test_who_is_filtered_himself_is_told_why_he_sees_nothing(served):
+    """In a container, say: the kernel answers only to who has no filter."""
+    bpf_ret_allow = "(6).to_bytes(4, 'little') + (0x7FFF0000).to_bytes(4, 'little')"
+    done = look_after(f"load_filter({bpf_ret_allow})", served.daemon.pid)
+    assert done.returncode == 1, done.stderr
+    assert "nobody who has a seccomp filter himself" in done.stderr
+
+
+def look_after(change, pid):
+    script = f"import os, sys; from vfsd.sandbox.seccomp_load import load_filter; from vfsd.tools import vfsdctl; {change}; {LOOK}"
+    return subprocess.run([sys.executable, "-c", script, "policy", "dump", "--pid", str(pid)], capture_output=True, text=True, check=False)
+
+
+def test_a_stopped_process_stays_stopped_and_a_killed_one_is_gone():
+    """PTRACE_DETACH lets go of a thread as it found it."""
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        sleeper.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, sleeper.pid, os.WSTOPPED)
+        assert read_filters(sleeper.pid) == ()
+        assert eventually(lambda: state(sleeper.pid) == "T")  # it stops anew by itself, once let go
+        sleeper.send_signal(signal.SIGCONT)
+        assert read_filters(sleeper.pid) == ()
+        assert state(sleeper.pid) in "SR"
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def state(pid):
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return file.read().rsplit(")", 1)[1].split()[0]
