@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from vfsd.tools import policy_check, policy_diff, policy_dump, policy_emulate, policy_explain, policy_show
+from vfsd.tools import policy_check, policy_coverage, policy_diff, policy_dump, policy_emulate, policy_explain, policy_learn, policy_show
 
-_COMMANDS = (policy_check, policy_diff, policy_dump, policy_emulate, policy_explain, policy_show)
+_COMMANDS = (policy_check, policy_coverage, policy_diff, policy_dump, policy_emulate, policy_explain, policy_learn, policy_show)
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
