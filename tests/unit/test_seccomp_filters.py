@@ -219,10 +219,10 @@ def test_a_broker_thread_changes_only_its_effective_ids(policy):
 
 def test_high_bits_do_not_get_past_a_denial_or_into_a_permission(policy):
     worker = policy.compile("worker", "kill")
-    f_getfl, f_setfl = 3, 4
-    assert run_filter(worker, number_of("fcntl"), (5, f_getfl)) == RET_ALLOW
+    f_dupfd_cloexec, f_setfl = 1030, 4
+    assert run_filter(worker, number_of("fcntl"), (5, f_dupfd_cloexec)) == RET_ALLOW
     assert run_filter(worker, number_of("fcntl"), (5, f_setfl)) == RET_KILL_PROCESS
-    assert run_filter(worker, number_of("fcntl"), (5, 1 << 32 | f_getfl)) == RET_KILL_PROCESS
+    assert run_filter(worker, number_of("fcntl"), (5, 1 << 32 | f_dupfd_cloexec)) == RET_KILL_PROCESS
 
 
 def test_compiling_twice_gives_the_same_program(policy):
