@@ -10,7 +10,7 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 SECONDS ?= 60
 
-.PHONY: all packages venv guests format check test test-all fuzz fuzz-seeds demo bench clean
+.PHONY: all packages venv guests format check test test-all fuzz fuzz-seeds coverage-record demo bench clean
 all: check
 
 packages:                       # Debian packages, only those that are missing
@@ -50,6 +50,9 @@ demo: venv                      # SHARE=directory GUEST=uml|qemu SHELL=1
 
 bench: venv
 	@$(BIN)/python -m tools.bench $(BENCH_ARGS)
+
+coverage-record: venv           # which rules of the system call policy the tests' daemons exercise; minutes
+	@$(BIN)/python tools/record_coverage
 
 clean:
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

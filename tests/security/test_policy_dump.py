@@ -87,6 +87,15 @@ def test_the_people_are_told_in_words(served, capsys):
     assert "unknown" not in out
 
 
+def test_the_instructions_can_be_read(served, capsys):
+    status, out = dump(capsys, "--pid", str(served.daemon.pid), "--disasm")
+    assert status == 0
+    assert "return 0x7fff0000" in out
+    status, out = dump(capsys, "--pid", str(served.daemon.pid), "--disasm", "--json")
+    (loaded,) = json.loads(out)["filters"].values()
+    assert len(loaded["disassembly"]) == loaded["instructions"] == len(bytes.fromhex(loaded["program"])) // 8
+
+
 def test_a_filter_that_the_policy_does_not_make_is_unknown(served, capsys, tmp_path):
     changed = tmp_path / "policy.toml"
     with open(processes.__file__.replace("tools/processes.py", "sandbox/seccomp_policy.toml"), encoding="utf-8") as file:

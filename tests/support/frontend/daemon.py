@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from vfsd.tools.syscall_trace import strace_command
 
 READY = "Waiting for vhost-user socket connection"
 START_SECONDS = 40.0
@@ -74,6 +77,18 @@ def command_under_test() -> CommandLine:
     return COMMANDS[os.environ.get("VFSD_TEST_DAEMON", "vfsd")]
 
 
+# VFSD_TEST_RECORD_SYSCALLS=DIRECTORY: what each vfsd calls is written there by strace, which is not its parent: pids, signals and
+# exit statuses are as without.
+_run_numbers = itertools.count()
+
+
+def _recorded(argv: Sequence[str]) -> Sequence[str]:
+    folder = os.environ.get("VFSD_TEST_RECORD_SYSCALLS")
+    if folder is None or argv[:3] != [sys.executable, "-m", "vfsd"]:
+        return argv
+    return strace_command(argv, os.path.join(folder, f"{os.getpid()}-{next(_run_numbers)}.strace"))
+
+
 class DaemonFailed(AssertionError):
     """The daemon did not do what a test needs of it before it can begin."""
 
@@ -93,7 +108,7 @@ class Daemon:
     ) -> None:
         self.share = share
         self.socket = socket
-        self.argv: Sequence[str] = (command or command_under_test())(share, socket, options or Options())
+        self.argv: Sequence[str] = _recorded((command or command_under_test())(share, socket, options or Options()))
         # Not the tests' own stdin; its own session, so that a ^C reaches the tests first and they stop it in order.
         self.process = subprocess.Popen(
             self.argv,
