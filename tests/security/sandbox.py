@@ -60,7 +60,7 @@ def worker(**changes: Any) -> Spec:
 
 
 def control(**changes: Any) -> Spec:
-    return Spec(**{"role": "control", "enter": "empty", **changes})
+    return Spec(**{"role": "control", "enter": "empty", "threads": 0, **changes})  # it has one
 
 
 def broker(share: str, **changes: Any) -> Spec:
