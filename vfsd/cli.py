@@ -19,15 +19,17 @@ from vfsd.broker.xattr_map import parse as parse_xattr_map
 from vfsd.cli_compat import modernize
 from vfsd.config import MAX_REQUEST_QUEUES, MAX_TAG_BYTES, Features, HandleMode, Options
 from vfsd.errors import ConfigError
-from vfsd.log import ERROR, LEVELS, StderrLog
+from vfsd.log import ERROR, LEVELS, STDERR, StderrLog
 from vfsd.sandbox.capabilities import Change, decode_changes
 from vfsd.sandbox.id_maps import IdMap, IdRange, decode_id_range, find_overlap
+from vfsd.service_manager import Given, take_given
 from vfsd.syslog import DEV_LOG, SyslogLog
 from vfsd.wire.id_map import make_id_maps
 
 # What libvirt reads to learn how to write our command line; `migrate-precopy` is not there until migration is.
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
 
+_NOTHING_GIVEN = Given()
 _MOST_DIGITS = 20  # of 2^63 and its sign
 _LARGEST_FD = 2**31 - 1
 _DESCRIPTION = "Serve a directory to a virtual machine over vhost-user-fs. The guest mounts it with: mount -t virtiofs TAG DIR"
@@ -109,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_endpoint_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where the frontend (QEMU, cloud-hypervisor, User-Mode Linux ...) connects")
-    endpoint = group.add_mutually_exclusive_group(required=True)
+    endpoint = group.add_mutually_exclusive_group()  # one is required, unless a service manager passes a socket: _endpoint_fd
     endpoint.add_argument(
         "--socket-path", type=_path, metavar="PATH", help="make and listen on this vhost-user socket; writes PATH.pid too"
     )
@@ -268,15 +270,16 @@ def default_request_queues() -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 
-def parse_options(argv: Sequence[str]) -> Options:
-    """Exits with 2 and one line for a command line that cannot be."""
+def parse_options(argv: Sequence[str], given: Given = _NOTHING_GIVEN) -> Options:
+    """Exits with 2 and one line for a command line that cannot be; `given` is the service manager's part."""
     parser = build_parser()
     try:
         found = parser.parse_args(modernize(argv))
     except ConfigError as error:
         parser.error(str(error))
-    if found.socket_group is not None and found.fd is not None:
-        parser.error("argument --socket-group: not allowed with argument --fd; set the group where the socket is made")
+    fd, fd_from = _endpoint_fd(parser, found, given)
+    if found.socket_group is not None and fd is not None:
+        parser.error(f"argument --socket-group: not allowed with {fd_from or 'argument --fd'}; set the group where the socket is made")
     if found.xattr is False and _implies_xattr(found):
         parser.error(f"argument --no-xattr: not allowed with argument {_implies_xattr(found)[0]}, which needs extended attributes")
     _check_translation(parser, found)
@@ -289,7 +292,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         shared_dir=found.shared_dir,
         socket_path=found.socket_path,
         socket_group=found.socket_group,
-        fd=found.fd,
+        fd=fd,
+        fd_from=fd_from,
         tag=found.tag,
         cache=found.cache,
         sandbox=found.sandbox,
@@ -324,6 +328,23 @@ def _check_translation(parser: argparse.ArgumentParser, found: argparse.Namespac
         parser.error("--posix-acl: cannot be used with --translate-uid or --translate-gid: ids in ACLs are not translated; leave one out")
 
 
+def _endpoint_fd(parser: argparse.ArgumentParser, found: argparse.Namespace, given: Given) -> tuple[int | None, str]:
+    """The inherited socket's number, and what else than --fd said so. With --fd it counts alone: systemd-vmspawn names the same."""
+    if found.fd is not None:
+        return found.fd, ""
+    if found.socket_path is not None:
+        if given.has_socket():
+            parser.error("argument --socket-path: not allowed with a socket that the service manager passes (LISTEN_FDS); leave one out")
+        return None, ""
+    try:
+        fd = given.listen_fd()
+    except ConfigError as error:
+        parser.error(str(error))
+    if fd is None:
+        parser.error("one of the arguments --socket-path --socket --fd is required, or a socket from a service manager (LISTEN_FDS)")
+    return fd, f"LISTEN_FDS={given.listen_fds}"
+
+
 def _implies_xattr(found: argparse.Namespace) -> list[str]:
     """The options given that are about extended attributes."""
     given = {
@@ -354,19 +375,20 @@ def run(argv: Sequence[str]) -> int:
     if "--print-capabilities" in argv:
         print(json.dumps(CAPABILITIES))  # noqa: T201  # this is the program's output
         return 0
-    options = parse_options(argv)
-    log = _make_log(options)
+    given = take_given(os.environ)
+    options = parse_options(argv, given)
+    log = _make_log(options, given)
     try:
         from vfsd.supervisor import serve  # noqa: PLC0415  # --help and --version need neither libseccomp nor python-prctl
 
-        return serve(options, log)
+        return serve(options, log, given)
     except ConfigError as error:
         log.log(ERROR, str(error))
         return 1
 
 
-def _make_log(options: Options) -> StderrLog:
-    log = StderrLog(options.log_level)
+def _make_log(options: Options, given: Given) -> StderrLog:
+    log = StderrLog(options.log_level, journal=given.is_journal(STDERR))
     if options.syslog:
         try:
             return SyslogLog(options.log_level)

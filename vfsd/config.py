@@ -53,6 +53,7 @@ class Options:
     socket_path: bytes | None
     socket_group: str | None
     fd: int | None
+    fd_from: str = ""  # what gave us that number, where it was not --fd
     tag: bytes | None
     cache: CacheMode
     sandbox: SandboxMode

@@ -29,9 +29,9 @@ def set_nofile(asked: int | None) -> Nofile:
         raise ConfigError(
             f"--rlimit-nofile={asked}: vfsd needs {LEAST_NOFILE} open files to start; ask for more, or 0 to leave the limit alone"
         )
-    if asked is not None and asked > nr_open:
+    if asked is not None and nr_open is not None and asked > nr_open:
         raise ConfigError(f"--rlimit-nofile={asked}: the system allows {nr_open} ({_NR_OPEN}); ask for less, or raise that")
-    wanted = min(DEFAULT_NOFILE, nr_open) if asked is None else asked
+    wanted = min(DEFAULT_NOFILE, nr_open or DEFAULT_NOFILE) if asked is None else asked
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
     except (ValueError, OSError) as error:  # CPython turns EPERM and EINVAL into ValueError
@@ -48,6 +48,10 @@ def set_nofile(asked: int | None) -> Nofile:
     return Nofile(wanted)
 
 
-def _read_nr_open() -> int:
-    with open(_NR_OPEN, encoding="ascii") as file:
-        return int(file.read())
+def _read_nr_open() -> int | None:
+    """None where /proc shows processes only (systemd: ProcSubset=pid): then setrlimit says what is too much."""
+    try:
+        with open(_NR_OPEN, encoding="ascii") as file:
+            return int(file.read())
+    except FileNotFoundError:
+        return None

@@ -23,6 +23,7 @@ DEBUG: Final = 4
 TRACE: Final = 5
 LEVELS: Final = {"off": OFF, "error": ERROR, "warn": WARNING, "info": INFO, "debug": DEBUG, "trace": TRACE}
 _NAMES: Final = {ERROR: "ERROR", WARNING: "WARN ", INFO: "INFO ", DEBUG: "DEBUG", TRACE: "TRACE"}
+_PRIORITIES: Final = {ERROR: 3, WARNING: 4, INFO: 6, DEBUG: 7, TRACE: 7}  # of syslog(3), as the journal wants them: sd-daemon(3)
 
 STDERR: Final = 2
 LINES_IN_A_BURST: Final = 2000  # what a child may say at once,
@@ -87,12 +88,14 @@ class StderrLog(Logger):
     """The supervisor's log: one line per call, in env_logger's style, which readers of virtiofsd's logs know.
 
     A frontend may give us a non-blocking pipe as stderr (libvirt does); what does not fit is lost rather than waited for.
+    For the journal, which adds the time and the program's name itself, a line begins with its priority instead.
     """
 
-    def __init__(self, level: int = INFO, fd: int = STDERR, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, level: int = INFO, fd: int = STDERR, clock: Callable[[], float] = time.time, *, journal: bool = False) -> None:
         super().__init__(level)
         self._fd = fd
         self._clock = clock
+        self._head = self._journal_head if journal else self._env_logger_head
 
     def _emit(self, level: int, text: str) -> None:
         self.line(level, "", text)
@@ -101,13 +104,18 @@ class StderrLog(Logger):
         """One line; `role` names the child that said it."""
         if level > self.level:
             return
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._clock()))
-        target = f"vfsd::{role}" if role else "vfsd"
-        line = f"[{stamp} {_NAMES.get(level, 'ERROR')} {target}] {escape(text)}\n".encode()
         try:
-            os.write(self._fd, line)
+            os.write(self._fd, f"{self._head(level, role)}{escape(text)}\n".encode())
         except OSError:
             return  # nobody reads our log, which is no reason to stop serving files
+
+    def _env_logger_head(self, level: int, role: str) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._clock()))
+        target = f"vfsd::{role}" if role else "vfsd"
+        return f"[{stamp} {_NAMES.get(level, 'ERROR')} {target}] "
+
+    def _journal_head(self, level: int, role: str) -> str:
+        return f"<{_PRIORITIES.get(level, 3)}>" + (f"{role}: " if role else "")
 
 
 class ChildLines:

@@ -111,9 +111,9 @@ def _give_to_group(path: bytes, gid: int) -> None:
         ) from error
 
 
-def adopt_socket(fd: int) -> VhostSocket:
-    """The socket that --fd names: listening, as libvirt and others pass it, or connected, as the specification reads."""
-    option = f"--fd={fd}"
+def adopt_socket(fd: int, option: str = "") -> VhostSocket:
+    """An inherited socket: listening, as libvirt and others pass it, or connected, as the specification reads. `option` said so."""
+    option = option or f"--fd={fd}"
     remedy = "pass a listening or connected Unix stream socket"
     try:
         os.set_inheritable(fd, False)

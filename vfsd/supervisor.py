@@ -15,6 +15,7 @@ import select
 import selectors
 import signal
 import socket
+import struct
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -34,17 +35,20 @@ from vfsd.roles import Roles, check_starter, make_roles, resolve_share
 from vfsd.sandbox import landlock
 from vfsd.sandbox.lockdown import lock_down
 from vfsd.sandbox.user_namespace import enter_user_namespace
+from vfsd.service_manager import Given, ServiceManager, connect_notify_socket
 from vfsd.sockets import VhostSocket, adopt_socket, make_listener
 from vfsd.wire.channel import (
     BROKER_TO_SUPERVISOR,
     CONTROL_TO_SUPERVISOR,
     WORKER_TO_SUPERVISOR,
     AddWorker,
+    AreYouWell,
     Breach,
     ChannelMessage,
     Connection,
     Failed,
     FrontendGone,
+    IAmWell,
     Log,
     NeedWorker,
     Ready,
@@ -63,7 +67,7 @@ BROKER_SOCKET_BYTES = 1 << 20  # several packets of 128 KiB; the kernel caps it 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def serve(options: Options, log: StderrLog) -> int:
+def serve(options: Options, log: StderrLog, given: Given) -> int:
     """Everything from the parsed options to the exit status. Raises ConfigError for what the user can mend."""
     check_starter(options)
     options = replace(options, shared_dir=resolve_share(options))
@@ -77,27 +81,42 @@ def serve(options: Options, log: StderrLog) -> int:
     if not landlock.abi_version():
         log.log(WARNING, "this kernel has no Landlock: one of the layers that keep control and workers from files is missing")
     filters = make_filters(options, log)
-    with OwnedFd(os.pidfd_open(os.getpid())) as pidfd, closing(_make_endpoint(options)) as endpoint:
+    with (
+        OwnedFd(os.pidfd_open(os.getpid())) as pidfd,
+        closing(_make_endpoint(options)) as endpoint,
+        closing(_make_manager(given, log)) as manager,
+    ):
         # The socket was made before: its group may not be known inside.
         if options.sandbox == "namespace" and os.geteuid() != 0:
             enter_user_namespace(options.uid_map, options.gid_map)
         roles = make_roles(options, pidfd.fileno(), nofile.limit, filters)
-        return Supervisor(roles, endpoint, log).run()
+        return Supervisor(roles, endpoint, log, manager).run()
 
 
 def _make_endpoint(options: Options) -> VhostSocket:
     if options.fd is not None:
-        return adopt_socket(options.fd)
+        return adopt_socket(options.fd, options.fd_from)
     return make_listener(options.socket_path or b"", options.socket_group)
+
+
+def _make_manager(given: Given, log: StderrLog) -> ServiceManager:
+    """A manager that cannot be told will end us if it waits to be; one that does not wait (a variable left over) must not stop us."""
+    try:
+        return ServiceManager(connect_notify_socket(given.notify_socket), given.watchdog_seconds())
+    except (OSError, ValueError) as error:
+        log.log(WARNING, f"NOTIFY_SOCKET={given.notify_socket}: the service manager cannot be told of readiness: {error}")
+        return ServiceManager()
 
 
 class Supervisor:
     """`run` once; `status` becomes the exit status as soon as something decides that it is over."""
 
-    def __init__(self, roles: Roles, endpoint: VhostSocket, log: StderrLog) -> None:
+    def __init__(self, roles: Roles, endpoint: VhostSocket, log: StderrLog, manager: ServiceManager) -> None:
         self._roles = roles
         self._endpoint = endpoint
         self._log = log
+        self._manager = manager
+        self._share = os.fsdecode(roles.options.shared_dir)
         self._selector = selectors.DefaultSelector()
         self._children: list[Child] = []
         self._workers: dict[int, Child] = {}
@@ -169,10 +188,12 @@ class Supervisor:
             if starting and not self._accepting and time.monotonic() > start_deadline:
                 self._end(1, f"not ready after {START_SECONDS:.0f} s: {', '.join(starting)}")
                 break
-            for key, _ in self._selector.select(timeout=1.0 if starting else None):
+            timeouts = [seconds for seconds in (1.0 if starting else None, self._manager.seconds()) if seconds is not None]
+            for key, _ in self._selector.select(timeout=min(timeouts, default=None)):
                 key.data()
                 if self._status is not None:
                     break
+            self._manager.tick()
         return self._status or 0
 
     def _on_signal(self, wake_read: socket.socket) -> None:
@@ -186,6 +207,7 @@ class Supervisor:
         child.ready = True
         if not self._accepting and all(each.ready for each in self._children):
             self._accepting = True
+            self._manager.ready(f"Waiting for a frontend, to serve {self._share}", lambda: self._broker.send(AreYouWell()))
             self._open_for_business()
 
     def _open_for_business(self) -> None:
@@ -210,6 +232,7 @@ class Supervisor:
         with connection:
             if self._control.send(Connection(), [connection]):
                 self._log.info("Client connected, servicing requests")
+                self._manager.status(f"Serving {self._share} to {_peer(connection.fileno())}")
             else:
                 self._end(1, "the connection could not be handed to control: it does not read its channel")
 
@@ -240,6 +263,8 @@ class Supervisor:
                 self._on_need_worker(index)
             case FrontendGone(text, clean):
                 self._on_frontend_gone(decode_text(text), clean)
+            case IAmWell():
+                self._manager.healthy()
             case Breach(index, text):
                 self._end(1, f"worker {index} broke the broker's protocol: {decode_text(text)}")
 
@@ -262,6 +287,7 @@ class Supervisor:
         """The first one decides; what follows from it (children losing their peers) is not the reason."""
         if self._status is None:
             self._status = status
+            self._manager.stopping(last_line or "Ending")
             if last_line:
                 self._log.log(ERROR, last_line)
 
@@ -320,6 +346,14 @@ def _wait_for_deaths(children: list[Child], seconds: float, enough: int | None =
             poller.unregister(fd)
             dead.append(alive.pop(fd))
     return dead
+
+
+def _peer(fd: int) -> str:
+    """Who connected, by what the kernel noted then; a process outside of our pid namespace has no number here."""
+    credentials = socket.socket(fileno=os.dup(fd))
+    with credentials:
+        pid = struct.unpack("3i", credentials.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    return f"process {pid}" if pid else "a process outside of this pid namespace"
 
 
 def _packet_pair(send_bytes: int | None = None) -> tuple[OwnedFd, OwnedFd]:

@@ -47,6 +47,15 @@ def test_a_line_looks_like_env_loggers(pipe):
     )
 
 
+def test_a_line_for_the_journal_begins_with_its_priority(pipe):
+    log = StderrLog(DEBUG, pipe[1], journal=True)
+    for say in (log.error, log.warning, log.info, log.debug):
+        say("a\n<0>forged")
+    ChildLines(log, "worker0").write(WARNING, b"odd")
+    said = "a\\n<0>forged"
+    assert read_all(pipe[0]).splitlines() == [f"<3>{said}", f"<4>{said}", f"<6>{said}", f"<7>{said}", "<4>worker0: odd"]
+
+
 @pytest.mark.parametrize(("level", "expected"), [(OFF, 0), (ERROR, 1), (WARNING, 2), (INFO, 3), (DEBUG, 4)])
 def test_the_level_decides_what_is_shown(pipe, level, expected):
     log = StderrLog(level, pipe[1])

@@ -364,11 +364,13 @@ def test_the_last_thread_cannot_be_replaced_and_goes_on_by_itself(make_bench):
     last.wait_started()
     bench.promote()
     assert bench.pool._leader.name == last.thread
+    assert bench.pool.all_hang()
     after = Task("after", 3)
     bench.send(after)
     last.finish.set()
     after.wait_delivered()
     assert last.late is False
+    until(lambda: not bench.pool.all_hang())
 
 
 def test_a_name_that_hangs_costs_one_thread_and_nothing_else_waits(make_bench):

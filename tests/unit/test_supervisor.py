@@ -22,6 +22,7 @@ from vfsd.roles import Roles
 from vfsd.sandbox.census import take_census
 from vfsd.sandbox.lockdown import LockedDown
 from vfsd.sandbox.user_namespace import read_standing
+from vfsd.service_manager import ServiceManager
 from vfsd.sockets import adopt_socket, make_listener
 from vfsd.supervisor import Supervisor
 from vfsd.tools.daemon import _read_record
@@ -66,6 +67,7 @@ class Stage:
         monkeypatch.setattr(vfsd.supervisor, "lock_down", self._lock_down)
         monkeypatch.setattr(Child, "_command", staticmethod(self._command))
         self._over = threading.Event()
+        self.manager = ServiceManager()
 
     def _lock_down(self, confinement):
         self.confined.append(confinement)
@@ -85,7 +87,7 @@ class Stage:
             if actor:
                 actor.start()
             try:
-                status = Supervisor(roles, endpoint, log).run()
+                status = Supervisor(roles, endpoint, log, self.manager).run()
             finally:
                 self._over.set()
                 if actor:

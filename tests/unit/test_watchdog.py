@@ -11,7 +11,7 @@ from vfsd.broker.watchdog import _IDLE_TICKS, Watchdog
 from vfsd.channel import Channel, ChannelClosed
 from vfsd.fds import OwnedFd
 from vfsd.wire.broker_messages import Hello
-from vfsd.wire.channel import BROKER_TO_SUPERVISOR, SUPERVISOR_TO_CHILD, AddWorker, Stop
+from vfsd.wire.channel import BROKER_TO_SUPERVISOR, SUPERVISOR_TO_CHILD, AddWorker, AreYouWell, IAmWell, Stop
 
 
 class Pool:
@@ -22,11 +22,15 @@ class Pool:
         self.may_sleep = True
         self.asleep = threading.Event()
         self.ticks = 0
+        self.hanging = False
 
     def promote_if_stuck(self, _now):
         self.ticks += 1
         self.stuck -= 1
         return self.stuck >= 0
+
+    def all_hang(self):
+        return self.hanging
 
     def let_watchdog_sleep(self):
         if self.may_sleep:
@@ -106,3 +110,28 @@ def test_it_goes_on_ticking_while_there_is_something_to_watch(supervisor):
     channel.send(Stop())
     watching.join(20)
     assert not watching.is_alive()
+
+
+def test_it_has_the_leader_say_that_it_is_well(supervisor, bench):
+    """That this thread runs says little: the answer comes from the one that serves, in its next turn."""
+    channel, watchdog = supervisor
+    for _ in range(3):
+        channel.send(AreYouWell())
+    channel.send(Stop())
+    watchdog.watch(Pool())
+    assert channel.receive() is None
+    worker = bench.add(1)
+    assert worker.errno_of(Hello(1)) == 0  # takes a turn
+    assert channel.receive().message == IAmWell()
+    assert channel.receive() is None, "what was asked three times before a turn is answered once"
+
+
+def test_when_every_thread_hangs_in_the_host_it_says_so_itself(supervisor):
+    """Ending vfsd would not mend the host's file systems, but take the guest's mount away."""
+    channel, watchdog = supervisor
+    pool = Pool()
+    pool.hanging = True
+    channel.send(AreYouWell())
+    channel.send(Stop())
+    watchdog.watch(pool)
+    assert channel.receive().message == IAmWell()

@@ -251,6 +251,11 @@ class Pool(Generic[Task]):
             self._leader.wake.release()
             return True
 
+    def all_hang(self) -> bool:
+        """Whether every thread is late: then nobody serves, and it is the host's file systems that keep them."""
+        with self._baton:
+            return bool(self._leader.busy_since) and not self._followers
+
     def let_watchdog_sleep(self) -> bool:
         """Whether the watchdog may stop ticking: it is woken by the next task. False while a task runs."""
         with self._baton:

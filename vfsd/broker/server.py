@@ -59,6 +59,7 @@ class Server:
         self._links_lock = threading.Lock()
         self._unreported: deque[tuple[int, str]] = deque()
         self._condemned: deque[tuple[WorkerLink, str]] = deque()
+        self._leader_calls: deque[Callable[[], None]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._turn_link: WorkerLink | None = None
@@ -175,12 +176,20 @@ class Server:
         self._condemned.append((link, text))
         self._wake()
 
+    def have_leader_call(self, function: Callable[[], None]) -> None:
+        """Once, between two packets, from any thread; several wishes at once are one."""
+        if not self._leader_calls:
+            self._leader_calls.append(function)
+        self._wake()
+
     def _wake(self) -> None:
         """Have the leader look around, from any thread."""
         os.eventfd_write(self._wake_fd, 1)
 
-    def _execute_condemned(self) -> None:
+    def _look_around(self) -> None:
         os.eventfd_read(self._wake_fd)
+        while self._leader_calls:
+            self._leader_calls.popleft()()
         while self._condemned:
             link, text = self._condemned.popleft()
             if not link.closed:
@@ -200,7 +209,7 @@ class Server:
                     continue
             fd, events = self._ready.popleft()
             if fd == self._wake_fd:
-                self._execute_condemned()
+                self._look_around()
             link = self._links.get(fd)
             if link is None:
                 continue

@@ -12,8 +12,8 @@ import time
 
 from vfsd.broker.pool import STUCK_SECONDS, Pool
 from vfsd.broker.server import Server, Task
-from vfsd.channel import Channel
-from vfsd.wire.channel import AddWorker, Stop
+from vfsd.channel import Channel, ChannelClosed
+from vfsd.wire.channel import AddWorker, AreYouWell, IAmWell, Stop
 
 _IDLE_TICKS = 40  # ticks without a running request before it sleeps
 _DUTIES_SECONDS = 0.5
@@ -43,7 +43,7 @@ class Watchdog:
                 if fd == self._wake_fd:
                     os.eventfd_read(self._wake_fd)
                     self._awake, self._idle_ticks = True, 0
-                elif not self._hear():
+                elif not self._hear(pool):
                     return
             now = time.monotonic()
             self._tick(pool, now)
@@ -61,10 +61,28 @@ class Watchdog:
         if self._idle_ticks >= _IDLE_TICKS:
             self._awake = not pool.let_watchdog_sleep()
 
-    def _hear(self) -> bool:
+    def _hear(self, pool: Pool[Task]) -> bool:
         received = self._channel.receive()
         if received is None:
             return True
-        if isinstance(received.message, AddWorker):
-            self._server.add_worker(received.message.index, received.fds[0])
-        return not isinstance(received.message, Stop)
+        match received.message:
+            case AddWorker(index):
+                self._server.add_worker(index, received.fds[0])
+            case AreYouWell():
+                self._show_life(pool)
+            case Stop():
+                return False
+        return True
+
+    def _show_life(self, pool: Pool[Task]) -> None:
+        """The thread that serves must answer: that this one runs says little. But a host whose file systems hang is not our illness."""
+        if pool.all_hang():
+            self._say_well()
+        else:
+            self._server.have_leader_call(self._say_well)
+
+    def _say_well(self) -> None:
+        try:
+            self._channel.send(IAmWell())  # lost if the supervisor does not read: it asks again
+        except ChannelClosed:
+            return  # which the main thread notices, and ends

@@ -84,6 +84,11 @@ class Connection(ChannelMessage):
         return 1
 
 
+@dataclass(frozen=True, slots=True)
+class AreYouWell(ChannelMessage):
+    """To the broker: answer IAmWell, by way of the thread that serves requests."""
+
+
 # --- child -> supervisor -----------------------------------------------------------------------------------------------
 
 
@@ -130,6 +135,11 @@ class Breach(ChannelMessage):
 
     worker_index: int
     text: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class IAmWell(ChannelMessage):
+    """From the broker: requests are served, or all its threads wait for file systems of the host."""
 
 
 # --- control -> worker: each is answered by Done or Refused with the same seq -----------------------------------------
@@ -255,6 +265,7 @@ _TO_CHILD = (
     Row(1, Stop),
     Row(2, AddWorker, (_WORKER,), max_fds=1),
     Row(3, Connection, (), max_fds=1),
+    Row(4, AreYouWell),
 )
 _FROM_ANY_CHILD = (
     Row(16, Ready, (Uint(_U32), Uint(_U16), _FLAG)),
@@ -265,7 +276,10 @@ _FROM_CONTROL = (
     Row(19, NeedWorker, (_WORKER,)),
     Row(20, FrontendGone, (_TEXT, _FLAG)),
 )
-_FROM_BROKER = (Row(21, Breach, (_WORKER, _TEXT)),)
+_FROM_BROKER = (
+    Row(21, Breach, (_WORKER, _TEXT)),
+    Row(22, IAmWell),
+)
 _TO_WORKER = (
     Row(32, MemoryClear, (_SEQ,)),
     Row(33, MemoryAdd, (_SEQ, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS), max_fds=1),

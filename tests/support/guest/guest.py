@@ -31,6 +31,7 @@ from tests.support.guest.link import Link, LinkClosedError
 
 BOOT_TIMEOUT_SECONDS = 120.0
 CALL_TIMEOUT_SECONDS = 120.0
+GUEST_APPEND = "console=ttyS0 agent=/dev/ttyS1 quiet panic=-1"
 DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")  # util-linux; a test run that is killed leaves no guest behind
 
 
@@ -338,11 +339,13 @@ class QemuGuest(Guest):
         cpus: int = 2,
         device_options: str = "queue-size=1024",
         extra: Sequence[str] = (),
+        append: str = GUEST_APPEND,
     ) -> None:
         super().__init__(image or qemu_image(), sockets, memory_mib=memory_mib, prefix=prefix, tags=tags)
         self.cpus = cpus
         self.device_options = device_options
         self.extra = list(extra)
+        self.append = append
 
     def argv(self, console: Line, agent: Line) -> list[str]:
         memory = f"{self.memory_mib}M"
@@ -356,7 +359,7 @@ class QemuGuest(Guest):
             "-numa": "node,memdev=mem",
             "-kernel": str(self.image.kernel),
             "-initrd": str(self.image.initramfs),
-            "-append": "console=ttyS0 agent=/dev/ttyS1 quiet panic=-1",
+            "-append": self.append,
         }
         return [
             "qemu-system-x86_64",

@@ -83,6 +83,14 @@ def qemu_image(suite: str = BOOKWORM) -> Image:
     return Image(f"qemu-{suite}", _only(tree.glob("boot/vmlinuz-*")), _initramfs(f"qemu-{suite}", modules, wanted))
 
 
+def systemd_initramfs() -> Image:
+    """For a guest whose root is a disk with Debian: init.sh hands over to what is there. AppArmor takes the kernel of a suite with it."""
+    tree = _cloud_kernel(BOOKWORM)
+    modules = _only(tree.glob("lib/modules/*"))
+    wanted = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"]
+    return Image("debian", _only(tree.glob("boot/vmlinuz-*")), _initramfs("debian", modules, wanted))
+
+
 def all_images() -> list[Image]:
     return [uml_image(), qemu_image(BOOKWORM), qemu_image(TRIXIE)]
 

@@ -50,10 +50,16 @@ def cache_lock() -> Iterator[None]:
         yield
 
 
+def sources_of(suite: str) -> list[Path]:
+    """Files in the two formats of sources.list, which name this machine's mirrors of a suite."""
+    with cache_lock():
+        return sorted((_apt_root(suite) / "sources.list.d").iterdir())
+
+
 def newest(suite: str, meta_package: str) -> str:
     """The package that a meta package (linux-image-cloud-amd64) stands for at the moment."""
     with cache_lock():
-        shown = _run("apt-cache", *_apt_options(_apt_root(suite)), "show", "--no-all-versions", meta_package)
+        shown = run_tool("apt-cache", *_apt_options(_apt_root(suite)), "show", "--no-all-versions", meta_package)
     depends = next(line for line in shown.splitlines() if line.startswith("Depends:"))
     return depends.removeprefix("Depends:").split(",")[0].split("(")[0].strip()
 
@@ -63,9 +69,9 @@ def _download_and_unpack(suite: str, packages: Sequence[str], target: Path) -> N
     scratch = target.with_name(f"{target.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "debs").mkdir(parents=True)
-    _run("apt-get", *options, "download", *packages, cwd=scratch / "debs")
+    run_tool("apt-get", *options, "download", *packages, cwd=scratch / "debs")
     for deb in sorted((scratch / "debs").glob("*.deb")):
-        _run("dpkg-deb", "--extract", str(deb), str(scratch / "root"))
+        run_tool("dpkg-deb", "--extract", str(deb), str(scratch / "root"))
     (scratch / "root").rename(target)
     shutil.rmtree(scratch)
 
@@ -78,7 +84,7 @@ def _apt_root(suite: str) -> Path:
     stamp = root / "updated"
     if not stamp.exists() or stamp.stat().st_mtime < time.time() - LISTS_GOOD_FOR_SECONDS:
         _write_sources(suite, root / "sources.list.d")
-        _run("apt-get", *_apt_options(root), "update")
+        run_tool("apt-get", *_apt_options(root), "update")
         stamp.touch()
     return root
 
@@ -147,7 +153,7 @@ def _moved_lines(text: str, suites: dict[str, str]) -> Iterator[str]:
             yield " ".join(suites.get(word, word) for word in words)
 
 
-def _run(*argv: str, cwd: Path | None = None) -> str:
+def run_tool(*argv: str, cwd: Path | None = None) -> str:
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     done = subprocess.run(argv, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
