@@ -92,7 +92,11 @@ def connect_notify_socket(address: str) -> OwnedFd | None:
         return None
     if address[0] not in "/@":
         raise ValueError("neither a path nor an abstract name")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+    # One of a pair, and reconnected: a service that was passed its listening socket needs no socket(2) at all then, and can
+    # be denied every address family (RestrictAddressFamilies=none).
+    sock, unused = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    unused.close()
+    with sock:
         sock.connect(os.fsencode(address).replace(b"@", b"\0", 1) if address[0] == "@" else address)
         return OwnedFd(sock.detach())
 

@@ -56,7 +56,7 @@ from vfsd.wire.channel import (
     Table,
 )
 
-START_SECONDS = 30.0  # generous: a busy machine; a child that hangs must still end in a message
+START_SECONDS = 80.0  # a busy or emulated machine; a child that hangs must end in a message, before systemd gives up (90 s)
 STOP_SECONDS = 0.3  # from Stop to SIGKILL; libvirt and systemd kill us some seconds after their SIGTERM
 KILL_SECONDS = 0.5  # then whatever is still there sits in an uninterruptible call of the host's kernel
 CULPRIT_SECONDS = 0.1  # peers of a child that crashed see their socket close before the kernel reports the crash

@@ -67,6 +67,7 @@ class Guest(ABC):
     """A context manager; on exit the guest is powered off, or killed when it does not comply."""
 
     kind: str
+    boot_timeout_seconds = BOOT_TIMEOUT_SECONDS
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class Guest(ABC):
         self._reader = threading.Thread(target=self._drain_console, daemon=True, name="guest console")
         self._reader.start()
         try:
-            self.uname = self._answer(0, BOOT_TIMEOUT_SECONDS)
+            self.uname = self._answer(0, self.boot_timeout_seconds)
         except BaseException:
             self.close()
             raise

@@ -170,18 +170,18 @@ def _add_python(archive: CpioWriter, stdlib: Path) -> None:
         name = f"usr/lib/{GUEST_PYTHON}/{inside}"
         archive.file(name, path.read_bytes())
         if sys.version_info[:2] == (3, 11) and sys.implementation.name == "cpython":
-            archive.file(_pyc_name(name), _compiled(path, f"/{name}"))
+            archive.file(pyc_name(name), compiled(path, f"/{name}"))
     for module in _EXTENSION_MODULES:
         library = _only((stdlib / "lib-dynload").glob(f"{module}.cpython-*.so"))
         archive.file(f"usr/lib/{GUEST_PYTHON}/lib-dynload/{library.name}", library.read_bytes())
 
 
-def _pyc_name(name: str) -> str:
+def pyc_name(name: str) -> str:
     folder, _, file = name.rpartition("/")
     return f"{folder}/__pycache__/{file.removesuffix('.py')}.cpython-311.pyc"
 
 
-def _compiled(path: Path, shown_as: str) -> bytes:
+def compiled(path: Path, shown_as: str) -> bytes:
     with TemporaryDirectory() as scratch:
         target = Path(scratch) / "compiled.pyc"
         compile_python(str(path), str(target), shown_as, doraise=True, invalidation_mode=PycInvalidationMode.UNCHECKED_HASH)
