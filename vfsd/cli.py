@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_endpoint_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where the frontend (QEMU, cloud-hypervisor, User-Mode Linux ...) connects")
-    endpoint = group.add_mutually_exclusive_group()  # one is required, unless a service manager passes a socket: _endpoint_fd
+    endpoint = group.add_mutually_exclusive_group()  # one is required, unless a service manager passes a socket: Given.choose_fd
     endpoint.add_argument(
         "--socket-path", type=_path, metavar="PATH", help="make and listen on this vhost-user socket; writes PATH.pid too"
     )
@@ -275,9 +275,9 @@ def parse_options(argv: Sequence[str], given: Given = _NOTHING_GIVEN) -> Options
     parser = build_parser()
     try:
         found = parser.parse_args(modernize(argv))
+        fd, fd_from = given.choose_fd(found.fd, found.socket_path)
     except ConfigError as error:
         parser.error(str(error))
-    fd, fd_from = _endpoint_fd(parser, found, given)
     if found.socket_group is not None and fd is not None:
         parser.error(f"argument --socket-group: not allowed with {fd_from or 'argument --fd'}; set the group where the socket is made")
     if found.xattr is False and _implies_xattr(found):
@@ -326,23 +326,6 @@ def _check_translation(parser: argparse.ArgumentParser, found: argparse.Namespac
         parser.error(str(error))
     if maps is not None and found.posix_acl != "off":
         parser.error("--posix-acl: cannot be used with --translate-uid or --translate-gid: ids in ACLs are not translated; leave one out")
-
-
-def _endpoint_fd(parser: argparse.ArgumentParser, found: argparse.Namespace, given: Given) -> tuple[int | None, str]:
-    """The inherited socket's number, and what else than --fd said so. With --fd it counts alone: systemd-vmspawn names the same."""
-    if found.fd is not None:
-        return found.fd, ""
-    if found.socket_path is not None:
-        if given.has_socket():
-            parser.error("argument --socket-path: not allowed with a socket that the service manager passes (LISTEN_FDS); leave one out")
-        return None, ""
-    try:
-        fd = given.listen_fd()
-    except ConfigError as error:
-        parser.error(str(error))
-    if fd is None:
-        parser.error("one of the arguments --socket-path --socket --fd is required, or a socket from a service manager (LISTEN_FDS)")
-    return fd, f"LISTEN_FDS={given.listen_fds}"
 
 
 def _implies_xattr(found: argparse.Namespace) -> list[str]:

@@ -53,6 +53,26 @@ class Given:
             raise ConfigError(f"LISTEN_FDS={self.listen_fds}: vfsd serves exactly one socket; have one passed, and start one vfsd for each")
         return FIRST_LISTEN_FD
 
+    def choose_fd(self, fd: int | None, socket_path: bytes | None) -> tuple[int | None, str]:
+        """The inherited socket's number, from --fd or from here, and what else than --fd said so. Raises ConfigError.
+
+        With --fd that counts alone: systemd-vmspawn gives it, and passes the same socket.
+        """
+        if fd is not None:
+            return fd, ""
+        if socket_path is not None:
+            if self.has_socket():
+                raise ConfigError(
+                    "argument --socket-path: not allowed with a socket that the service manager passes (LISTEN_FDS); leave one out"
+                )
+            return None, ""
+        passed = self.listen_fd()
+        if passed is None:
+            raise ConfigError(
+                "one of the arguments --socket-path --socket --fd is required, or a socket from a service manager (LISTEN_FDS)"
+            )
+        return passed, f"LISTEN_FDS={self.listen_fds}"
+
     def watchdog_seconds(self) -> float | None:
         """After how long without a heartbeat the manager gives us up; None if it does not wait for any from us."""
         usec = _number(self.watchdog_usec)

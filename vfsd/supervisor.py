@@ -74,8 +74,8 @@ def serve(options: Options, log: StderrLog, given: Given) -> int:
     nofile = set_nofile(options.rlimit_nofile)
     if nofile.warning:
         log.log(WARNING, nofile.warning)
-    if given := [name.lower() for added, name in options.modcaps if added]:
-        log.log(WARNING, f"--modcaps: the broker has more capabilities than it needs: {', '.join(given)}")
+    if more := [name.lower() for added, name in options.modcaps if added]:
+        log.log(WARNING, f"--modcaps: the broker has more capabilities than it needs: {', '.join(more)}")
     if options.features.writeback and options.cache in ("never", "metadata"):
         log.log(WARNING, f"--writeback: the guest has no cache to write back with --cache={options.cache}; leave one out")
     if not landlock.abi_version():

@@ -69,25 +69,26 @@ def test_a_number_on_the_command_line_counts_alone():
 
 
 @pytest.mark.parametrize(
-    ("given", "argv", "complaint"),
+    ("fds", "pid", "argv", "complaint"),
     [
-        (Given("2", OURS), [], "LISTEN_FDS=2: vfsd serves exactly one socket"),
-        (Given("0", OURS), [], "LISTEN_FDS=0: vfsd serves exactly one socket"),
-        (Given("x", OURS), [], "LISTEN_FDS=x: vfsd serves exactly one socket"),
-        (Given("1", "1"), [], f"LISTEN_PID=1: the socket was passed to another process, vfsd is {OURS}"),
-        (Given("1", ""), [], "LISTEN_PID=: the socket was passed to another process"),
+        ("2", "ours", [], "LISTEN_FDS=2: vfsd serves exactly one socket"),
+        ("0", "ours", [], "LISTEN_FDS=0: vfsd serves exactly one socket"),
+        ("x", "ours", [], "LISTEN_FDS=x: vfsd serves exactly one socket"),
+        ("1", "1", [], "LISTEN_PID=1: the socket was passed to another process, vfsd is"),
+        ("1", "", [], "LISTEN_PID=: the socket was passed to another process"),
         (
-            Given("1", OURS),
+            "1",
+            "ours",
             ["--socket-path=/tmp/x"],
             "--socket-path: not allowed with a socket that the service manager passes (LISTEN_FDS)",
         ),
-        (Given("1", OURS), ["--socket-group=kvm"], "--socket-group: not allowed with LISTEN_FDS=1"),
-        (Given(), [], "--socket-path --socket --fd is required, or a socket from a service manager (LISTEN_FDS)"),
+        ("1", "ours", ["--socket-group=kvm"], "--socket-group: not allowed with LISTEN_FDS=1"),
+        ("", "", [], "--socket-path --socket --fd is required, or a socket from a service manager (LISTEN_FDS)"),
     ],
 )
-def test_what_cannot_be_is_said_at_the_command_line(given, argv, complaint, capsys):
+def test_what_cannot_be_is_said_at_the_command_line(fds, pid, argv, complaint, capsys):
     with pytest.raises(SystemExit) as ended:
-        parse_options([SHARE, *argv], given)
+        parse_options([SHARE, *argv], Given(fds, pid.replace("ours", OURS)))
     assert ended.value.code == 2
     assert complaint in capsys.readouterr().err
 
@@ -184,10 +185,17 @@ def test_without_a_manager_nothing_is_told_and_nothing_due():
 
 @pytest.mark.parametrize(
     ("usec", "pid", "seconds"),
-    [("30000000", OURS, 30.0), ("30000000", "", 30.0), ("30000000", "1", None), ("", OURS, None), ("0", OURS, None), ("x", OURS, None)],
+    [
+        ("30000000", "ours", 30.0),
+        ("30000000", "", 30.0),
+        ("30000000", "1", None),
+        ("", "ours", None),
+        ("0", "ours", None),
+        ("x", "ours", None),
+    ],
 )
 def test_heartbeats_are_for_who_is_asked(usec, pid, seconds):
-    assert Given(watchdog_usec=usec, watchdog_pid=pid).watchdog_seconds() == seconds
+    assert Given(watchdog_usec=usec, watchdog_pid=pid.replace("ours", OURS)).watchdog_seconds() == seconds
 
 
 def test_the_journal_is_known_by_device_and_inode():
