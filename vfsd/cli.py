@@ -117,7 +117,10 @@ def _add_endpoint_options(parser: argparse.ArgumentParser) -> None:
     )
     endpoint.add_argument("--socket", dest="socket_path", type=_path, metavar="PATH", help="the same (deprecated)")
     endpoint.add_argument(
-        "--fd", type=_bounded_int(0, _LARGEST_FD), metavar="N", help="use this inherited socket, listening or connected already"
+        "--fd",
+        type=_bounded_int(0, _LARGEST_FD),
+        metavar="N",
+        help="use this inherited socket, listening or connected already (default: the one that a service manager passes, if any)",
     )
     group.add_argument("--socket-group", metavar="GROUP", help="let this group, and not only the user, connect to the socket")
     group.add_argument(
