@@ -22,14 +22,13 @@ from vfsd.errors import ConfigError
 from vfsd.log import ERROR, LEVELS, STDERR, StderrLog
 from vfsd.sandbox.capabilities import Change, decode_changes
 from vfsd.sandbox.id_maps import IdMap, IdRange, decode_id_range, find_overlap
-from vfsd.service_manager import Given, take_given
+from vfsd.service_manager import NOTHING_GIVEN, Given, take_given
 from vfsd.syslog import DEV_LOG, SyslogLog
 from vfsd.wire.id_map import make_id_maps
 
 # What libvirt reads to learn how to write our command line; `migrate-precopy` is not there until migration is.
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
 
-_NOTHING_GIVEN = Given()
 _MOST_DIGITS = 20  # of 2^63 and its sign
 _LARGEST_FD = 2**31 - 1
 _DESCRIPTION = "Serve a directory to a virtual machine over vhost-user-fs. The guest mounts it with: mount -t virtiofs TAG DIR"
@@ -117,10 +116,7 @@ def _add_endpoint_options(parser: argparse.ArgumentParser) -> None:
     )
     endpoint.add_argument("--socket", dest="socket_path", type=_path, metavar="PATH", help="the same (deprecated)")
     endpoint.add_argument(
-        "--fd",
-        type=_bounded_int(0, _LARGEST_FD),
-        metavar="N",
-        help="use this inherited socket, listening or connected already (default: the one that a service manager passes, if any)",
+        "--fd", type=_bounded_int(0, _LARGEST_FD), metavar="N", help="use this inherited socket, listening or connected already"
     )
     group.add_argument("--socket-group", metavar="GROUP", help="let this group, and not only the user, connect to the socket")
     group.add_argument(
@@ -273,7 +269,7 @@ def default_request_queues() -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 
-def parse_options(argv: Sequence[str], given: Given = _NOTHING_GIVEN) -> Options:
+def parse_options(argv: Sequence[str], given: Given = NOTHING_GIVEN) -> Options:
     """Exits with 2 and one line for a command line that cannot be; `given` is the service manager's part."""
     parser = build_parser()
     try:

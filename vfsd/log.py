@@ -23,7 +23,7 @@ DEBUG: Final = 4
 TRACE: Final = 5
 LEVELS: Final = {"off": OFF, "error": ERROR, "warn": WARNING, "info": INFO, "debug": DEBUG, "trace": TRACE}
 _NAMES: Final = {ERROR: "ERROR", WARNING: "WARN ", INFO: "INFO ", DEBUG: "DEBUG", TRACE: "TRACE"}
-_PRIORITIES: Final = {ERROR: 3, WARNING: 4, INFO: 6, DEBUG: 7, TRACE: 7}  # of syslog(3), as the journal wants them: sd-daemon(3)
+SEVERITIES: Final = {ERROR: 3, WARNING: 4, INFO: 6, DEBUG: 7, TRACE: 7}  # of syslog(3), and of the journal: sd-daemon(3)
 
 STDERR: Final = 2
 LINES_IN_A_BURST: Final = 2000  # what a child may say at once,
@@ -115,7 +115,7 @@ class StderrLog(Logger):
         return f"[{stamp} {_NAMES.get(level, 'ERROR')} {target}] "
 
     def _journal_head(self, level: int, role: str) -> str:
-        return f"<{_PRIORITIES.get(level, 3)}>" + (f"{role}: " if role else "")
+        return f"<{SEVERITIES.get(level, 3)}>" + (f"{role}: " if role else "")
 
 
 class ChildLines:

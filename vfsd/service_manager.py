@@ -89,6 +89,9 @@ class Given:
         return self.journal_stream == f"{about.st_dev}:{about.st_ino}"
 
 
+NOTHING_GIVEN = Given()
+
+
 def take_given(environ: MutableMapping[str, str]) -> Given:
     """Read the variables and remove them: whatever is started from here on is not who they are for."""
     taken = {name: environ.pop(name, "") for name in _VARIABLES}

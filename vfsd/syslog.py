@@ -9,11 +9,10 @@ import os
 import socket
 from typing import Final
 
-from vfsd.log import DEBUG, ERROR, INFO, TRACE, WARNING, StderrLog, escape
+from vfsd.log import INFO, SEVERITIES, StderrLog, escape
 
 DEV_LOG: Final = "/dev/log"
 _DAEMON: Final = 3 << 3  # the facility
-_SEVERITIES: Final = {ERROR: 3, WARNING: 4, INFO: 6, DEBUG: 7, TRACE: 7}
 
 
 class SyslogLog(StderrLog):
@@ -36,7 +35,7 @@ class SyslogLog(StderrLog):
         if level > self.level:
             return
         said = f"{role}: {escape(text)}" if role else escape(text)
-        packet = f"<{_DAEMON | _SEVERITIES.get(level, 3)}>vfsd[{os.getpid()}]: {said}".encode()
+        packet = f"<{_DAEMON | SEVERITIES.get(level, 3)}>vfsd[{os.getpid()}]: {said}".encode()
         if not self._send(packet):
             self._reconnect()
             self._send(packet)
