@@ -145,6 +145,11 @@ class ServiceManager:
             self._socket.close()
             self._socket = None
 
+    @property
+    def told(self) -> bool:
+        """Whether somebody hears: then how long a start may take is the manager's to say."""
+        return self._socket is not None
+
     def ready(self, status: str, ask_health: Callable[[], object]) -> None:
         """From now on heartbeats are due: `ask_health` asks for one sign of life, which comes back as `healthy()`."""
         self._ask_health = ask_health

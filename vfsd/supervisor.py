@@ -56,7 +56,7 @@ from vfsd.wire.channel import (
     Table,
 )
 
-START_SECONDS = 80.0  # a busy or emulated machine; a child that hangs must end in a message, before systemd gives up (90 s)
+START_SECONDS = 30.0  # generous: a busy machine; a child that hangs must still end in a message. A service manager has its own
 STOP_SECONDS = 0.3  # from Stop to SIGKILL; libvirt and systemd kill us some seconds after their SIGTERM
 KILL_SECONDS = 0.5  # then whatever is still there sits in an uninterruptible call of the host's kernel
 CULPRIT_SECONDS = 0.1  # peers of a child that crashed see their socket close before the kernel reports the crash
@@ -185,7 +185,7 @@ class Supervisor:
         start_deadline = time.monotonic() + START_SECONDS
         while self._status is None:
             starting = [child.role for child in self._children if not child.ready]
-            if starting and not self._accepting and time.monotonic() > start_deadline:
+            if starting and not self._accepting and not self._manager.told and time.monotonic() > start_deadline:
                 self._end(1, f"not ready after {START_SECONDS:.0f} s: {', '.join(starting)}")
                 break
             timeouts = [seconds for seconds in (1.0 if starting else None, self._manager.seconds()) if seconds is not None]
@@ -209,6 +209,8 @@ class Supervisor:
             self._accepting = True
             self._manager.ready(f"Waiting for a frontend, to serve {self._share}", lambda: self._broker.send(AreYouWell()))
             self._open_for_business()
+        elif not self._accepting:
+            self._manager.status(f"Starting: {', '.join(each.role for each in self._children if not each.ready)}")
 
     def _open_for_business(self) -> None:
         if self._endpoint.listening:

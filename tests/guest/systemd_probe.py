@@ -15,7 +15,7 @@ from tests.support.frontend.device import Device
 from tests.support.frontend.fuse_client import ROOT, FuseClient
 from tests.support.frontend.sequences import QEMU_10
 
-START_SECONDS = 300  # of an emulated machine, on a host that has other things to do
+START_SECONDS = 900  # of an emulated machine, on a host that has other things to do
 
 
 def converse(device: Device, name: bytes) -> dict[str, str]:

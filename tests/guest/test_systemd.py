@@ -25,10 +25,12 @@ mkdir /srv/vfsd/vm1 /srv/vfsd/vm2
 echo contents >/srv/vfsd/vm1/file
 echo contents >/srv/vfsd/vm2/file
 chown -R vfsd:vfsd /srv/vfsd/vm2
+mkdir -p /etc/systemd/system/vfsd@.service.d /etc/systemd/system/vfsd-nonroot@.service.d
+printf '[Service]\\nTimeoutStartSec=900\\n' | tee /etc/systemd/system/vfsd{,-nonroot}@.service.d/patience.conf
 systemctl daemon-reload
 systemctl start vfsd@vm1.socket vfsd-nonroot@vm2.socket
 """
-WAIT_SECONDS = 400.0
+WAIT_SECONDS = 900.0
 WATCHDOG_SECONDS = 20
 ROOTS = {"vfsd@vm1.service": "/run/vfsd/vm1.sock", "vfsd-nonroot@vm2.service": "/run/vfsd/vm2-nonroot.sock"}
 
@@ -36,7 +38,7 @@ ROOTS = {"vfsd@vm1.service": "/run/vfsd/vm1.sock", "vfsd-nonroot@vm2.service": "
 @pytest.fixture(scope="module")
 def machine():
     with tree_archive() as archive, DebianGuest(archive) as guest:
-        guest.check("sh", "-c", INSTALL)
+        guest.check("bash", "-c", INSTALL)
         yield guest
 
 

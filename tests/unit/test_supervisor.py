@@ -22,7 +22,7 @@ from vfsd.roles import Roles
 from vfsd.sandbox.census import take_census
 from vfsd.sandbox.lockdown import LockedDown
 from vfsd.sandbox.user_namespace import read_standing
-from vfsd.service_manager import ServiceManager
+from vfsd.service_manager import ServiceManager, connect_notify_socket
 from vfsd.sockets import adopt_socket, make_listener
 from vfsd.supervisor import Supervisor
 from vfsd.tools.daemon import _read_record
@@ -333,3 +333,16 @@ def test_capabilities_follow_the_options():
         assert confined.nofile < 10**6
     assert replace(roles, privileged=False).worker(0, 4, 5, 6).confinement.uid is None
     assert replace(roles, privileged=False).broker(4).confinement.capabilities == ()
+
+
+def test_how_long_a_start_may_take_is_for_a_service_manager_to_say(stage, tmp_path, monkeypatch):
+    """It is told who is still starting, and kept up to date until the end."""
+    monkeypatch.setattr(vfsd.supervisor, "START_SECONDS", 0.0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(os.fspath(tmp_path / "notify"))
+        stage.manager = ServiceManager(connect_notify_socket(sock.getsockname()))
+        assert stage.run(act=lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
+        stage.manager.close()
+        heard = [sock.recv(4096).decode().splitlines() for _ in range(4)]
+    assert all(re.fullmatch(r"STATUS=Starting: (broker|control|worker 0)(, (broker|control|worker 0))?", text) for [text] in heard[:2])
+    assert heard[2:] == [["READY=1", "STATUS=Waiting for a frontend, to serve /tmp"], ["STOPPING=1", "STATUS=Ending"]]
