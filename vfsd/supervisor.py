@@ -260,7 +260,7 @@ class Supervisor:
             case Ready():
                 self._on_ready(child, message)
             case Failed(text):
-                self._end(1, f"{child.role} could not start: {decode_text(text)}")
+                self._end(1, f"{child.role} {'cannot go on' if child.ready else 'could not start'}: {decode_text(text)}")
             case NeedWorker(index):
                 self._on_need_worker(index)
             case FrontendGone(text, clean):

@@ -1,6 +1,7 @@
 """The broker's main thread: what it hears, and when it ticks."""
 
 import os
+import resource
 import socket
 import threading
 
@@ -9,6 +10,7 @@ import pytest
 from tests.support.broker import Bench
 from vfsd.broker.watchdog import _IDLE_TICKS, Watchdog
 from vfsd.channel import Channel, ChannelClosed
+from vfsd.errors import ConfigError
 from vfsd.fds import OwnedFd
 from vfsd.wire.broker_messages import Hello
 from vfsd.wire.channel import BROKER_TO_SUPERVISOR, SUPERVISOR_TO_CHILD, AddWorker, AreYouWell, IAmWell, Stop
@@ -55,6 +57,20 @@ def supervisor(bench):
     channel.close()
     supervisor.close()
     os.close(watchdog._wake_fd)
+
+
+def test_a_worker_whose_socket_could_not_be_received_ends_it_with_what_to_do(supervisor):
+    channel, watchdog = supervisor
+    own, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with own, OwnedFd(theirs.detach()) as fd:
+        channel.send(AddWorker(1), [fd])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # all of which are taken
+        try:
+            with pytest.raises(ConfigError, match="--rlimit-nofile"):
+                watchdog.watch(Pool())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_stop_ends_it(supervisor):

@@ -114,6 +114,12 @@ def test_descriptors_are_a_breach_and_are_not_received(pair, count):
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_an_empty_packet_is_a_breach_and_not_the_end(pair):
+    pair.worker.send(b"")
+    with pytest.raises(WorkerBreach, match="empty"):
+        pair.link.receive()
+
+
 def test_a_worker_that_is_gone_is_the_end(pair):
     pair.worker.close()
     assert pair.link.receive() == b""

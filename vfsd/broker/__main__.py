@@ -12,10 +12,11 @@ from vfsd.broker.credentials import Credentials
 from vfsd.broker.id_squash import IdSquash
 from vfsd.broker.pool import Pool
 from vfsd.broker.reaper import Reaper
-from vfsd.broker.server import Server, Task
+from vfsd.broker.server import Server
 from vfsd.broker.share import Settings, Share
 from vfsd.broker.watchdog import Watchdog
 from vfsd.broker.whereabouts import Whereabouts
+from vfsd.broker.worker_link import Task
 from vfsd.channel import Channel
 from vfsd.config import BrokerConfig, read_config
 from vfsd.log import ChildLog

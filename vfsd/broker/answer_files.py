@@ -192,6 +192,7 @@ def answer_fetch(share: Share, call: Call, message: Fetch) -> Answer:
     with share.files.pin(message.nodeid, message.fh, call.session) as opened:
         if len(share.closer) > _MOST_UNCLOSED:  # of a server that does not answer
             raise ReplyErrno(errno.ENFILE)
+        share.require_room_for_copy()
         if opened.is_directory:
             copy = OwnedFd(os.open(b".", _READ_DIRECTORY | os.O_CLOEXEC, dir_fd=opened.fd.fileno()))
         else:

@@ -31,7 +31,7 @@ def answer_getattr(share: Share, call: Call, message: GetAttr) -> Answer:
         seen = path.statx()
         fields = [encode_attr(share.as_guest(seen))]
         slow = share.traits.of(path.fd, inode.mount_id, inode.device) & TRAIT_SLOW  # fstat would hold up the worker's ring
-        if slow or not share.donations.worthwhile(inode.nodeid):
+        if slow or not share.donations.worthwhile(inode.nodeid) or not share.has_room_for_fd():
             return Answer(fields)
         return Answer(fields, share.path_again(path.fd), Granted.NODE, inode.nodeid)
 

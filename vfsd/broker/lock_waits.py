@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 from vfsd.errors import ReplyErrno
 
 if TYPE_CHECKING:
-    from vfsd.broker.server import Task
-    from vfsd.broker.worker_link import WorkerLink
+    from vfsd.broker.worker_link import Task, WorkerLink
 
     Key = tuple[WorkerLink, int]  # and the request id
 

@@ -15,16 +15,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from fcntl import F_UNLCK
-from typing import Any, NamedTuple
 
 from vfsd.broker.answers import Answer, Call, Granted, WouldWait
 from vfsd.broker.lock_waits import LockWaits
 from vfsd.broker.locks_in_use import LocksInUse
+from vfsd.broker.portions import take_portion
 from vfsd.broker.requests import HANDLERS
 from vfsd.broker.session_change import SessionChange
 from vfsd.broker.share import Share
 from vfsd.broker.whereabouts import NOWHERE, Place
-from vfsd.broker.worker_link import UNREAD_SECONDS, Outcome, WorkerLink
+from vfsd.broker.worker_link import UNREAD_SECONDS, Outcome, Task, WorkerLink
 from vfsd.errors import ReplyErrno, WorkerBreach, drop_traceback
 from vfsd.fds import OwnedFd
 from vfsd.log import ChildLog
@@ -32,16 +32,6 @@ from vfsd.wire import broker_messages as wire
 
 # Messages whose second field is a name in the directory that the first one names.
 _NAMING = {message for message in HANDLERS if message._fields[:2] == ("parent", "name")}
-
-
-class Task(NamedTuple):
-    """One request and where it came from."""
-
-    link: WorkerLink
-    session: int
-    spec: wire.Spec
-    request_id: int
-    message: Any
 
 
 class Server:
@@ -55,6 +45,7 @@ class Server:
         self._links: dict[int, WorkerLink] = {}  # by descriptor
         self._by_index: dict[int, WorkerLink] = {}
         self._ready: deque[tuple[int, int]] = deque()
+        self._unfinished: deque[int] = deque()  # descriptors of links with the rest of a packet to be done
         self._interest: dict[int, int] = {}
         self._links_lock = threading.Lock()
         self._unreported: deque[tuple[int, str]] = deque()
@@ -73,6 +64,7 @@ class Server:
     def serve(self, share: Share) -> None:
         self._share = share
         share.locks.freed = self._lock_waits.wake
+        share.queued_copies = lambda: sum(link.queued_fds for link in list(self._by_index.values()))
 
     @property
     def share(self) -> Share:
@@ -104,6 +96,7 @@ class Server:
                 del self._by_index[link.index]
             self._epoll.unregister(fd)
             link.close()
+            link.rest = deque()
         self.generation += 1
         self._settle_change(self._changes.gone(link))
         self._locks_in_use.gone(link)
@@ -129,6 +122,10 @@ class Server:
             if not link.closed and self._interest[link.fileno()] != wanted:
                 self._epoll.modify(link.fileno(), wanted)
                 self._interest[link.fileno()] = wanted
+            if link.waits_with_rest and not link.clogged:
+                link.waits_with_rest = False
+                self._unfinished.append(link.fileno())
+                self._wake()
 
     def notify(self, workers: int, notice: wire.Notice) -> None:
         """Queue a notice to the workers whose bits are set."""
@@ -200,27 +197,48 @@ class Server:
 
     def next_turn(self) -> deque[Task]:
         while True:
+            if not self._ready and (due := self._look_around()):
+                return due
             if not self._ready:
-                due = self._lock_waits.take_due()
-                self._ready.extend(self._epoll.poll(0 if due else self._lock_waits.seconds()))
-                if due:
-                    return due
-                if not self._ready:
-                    continue
+                continue
             fd, events = self._ready.popleft()
             if fd == self._wake_fd:
                 self._look_around()
             link = self._links.get(fd)
-            if link is None:
-                continue
-            if events & select.EPOLLOUT:
-                link.flush()
-                self._update_interest(link)
-            if events & ~select.EPOLLOUT:
-                tasks = self._receive(link)
-                if tasks:
-                    self._turn_link = link
-                    return tasks
+            tasks = self._hear(link, events) if link is not None else None
+            if tasks:
+                self._turn_link = link
+                return tasks
+
+    def _look_around(self) -> deque[Task]:
+        """Wait for something to do; lock requests that are due."""
+        due = self._lock_waits.take_due()
+        self._ready.extend(self._epoll.poll(0 if due or self._unfinished else self._lock_waits.seconds()))
+        while self._unfinished:  # after everybody who has come meanwhile
+            self._ready.append((self._unfinished.popleft(), 0))
+        return due
+
+    def _hear(self, link: WorkerLink, events: int) -> deque[Task] | None:
+        """The next requests of one worker; `events` 0: of the rest of its packet, whose turn has come."""
+        if events & ~select.EPOLLIN:  # at its end too: what waits for it goes
+            link.flush()
+            self._update_interest(link)
+        if events & ~select.EPOLLOUT and not link.rest:
+            link.rest = self._receive(link) or deque()
+        elif events:
+            return None
+        return self._next_portion(link)
+
+    def _next_portion(self, link: WorkerLink) -> deque[Task]:
+        """Nothing while the worker must read first."""
+        with self._links_lock:
+            link.waits_with_rest = bool(link.rest) and link.clogged and not link.closed
+            if link.waits_with_rest:
+                return deque()
+        portion = take_portion(link.rest)
+        if link.rest:
+            self._unfinished.append(link.fileno())
+        return portion
 
     def _receive(self, link: WorkerLink) -> deque[Task] | None:
         try:

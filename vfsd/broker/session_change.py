@@ -10,8 +10,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vfsd.broker.server import Task
-    from vfsd.broker.worker_link import WorkerLink
+    from vfsd.broker.worker_link import Task, WorkerLink
 
 ACKNOWLEDGE_SECONDS = 1.0
 

@@ -36,6 +36,7 @@ from vfsd.wire.id_map import IdMaps
 _NO_FD = -1
 _STATX_TOLD = filecalls.STATX_BASIC_STATS | filecalls.STATX_BTIME  # mount ids of the host are not the guest's business
 _MOST_WIPED_TABLES = 4  # then a new session waits: a guest must not begin sessions faster than they are freed
+COPIES_BESIDE_BUDGET = 64  # on their way to workers, when the guest has as many descriptors as it may
 _REOPEN_AS_PATH = os.O_PATH | os.O_CLOEXEC
 
 
@@ -114,6 +115,7 @@ class Share:
         self.traits = Traits()
         self.closer = closer
         self.whereabouts = whereabouts
+        self.queued_copies: Callable[[], int] = lambda: 0  # descriptors on their way to workers
         self._wake_reaper = wake_reaper
         self._reaping = threading.Lock()
         self.xattr_map = None if settings.xattrmap is None else parse_xattr_map(settings.xattrmap)
@@ -132,15 +134,23 @@ class Share:
 
     def has_room_for_fd(self) -> bool:
         """Whether the guest may have another descriptor: the broker keeps some for itself, or it could not go on."""
-        while len(self.files) + self.store.fd_count + len(self.locks) + len(self.closer) >= self.settings.most_guest_fds:
+        while self._guest_fds() >= self.settings.most_guest_fds:
             if not self.reap():  # what an ended session left is the first to go
                 return False
         return True
+
+    def _guest_fds(self) -> int:
+        return len(self.files) + self.store.fd_count + len(self.locks) + len(self.closer) + self.queued_copies()
 
     def require_room_for_fd(self) -> None:
         """ENFILE when the guest has as many descriptors as it may."""
         if not self.has_room_for_fd():
             raise ReplyErrno(errno.ENFILE)
+
+    def require_room_for_copy(self) -> None:
+        """ENFILE for another copy of what is open already: while workers read there is always room, if they do not, as for others."""
+        if self.queued_copies() >= COPIES_BESIDE_BUDGET:
+            self.require_room_for_fd()
 
     def own_open(self, fd: int, traits: int, mount_id: int) -> OwnedFd:
         """An open file, or a copy on its way to a worker; where closing one may wait for a server, that is left to the closer."""

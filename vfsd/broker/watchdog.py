@@ -11,8 +11,10 @@ import select
 import time
 
 from vfsd.broker.pool import STUCK_SECONDS, Pool
-from vfsd.broker.server import Server, Task
+from vfsd.broker.server import Server
+from vfsd.broker.worker_link import Task
 from vfsd.channel import Channel, ChannelClosed
+from vfsd.errors import ChildBreach, ConfigError
 from vfsd.wire.channel import AddWorker, AreYouWell, IAmWell, Stop
 
 _IDLE_TICKS = 40  # ticks without a running request before it sleeps
@@ -62,7 +64,10 @@ class Watchdog:
             self._awake = not pool.let_watchdog_sleep()
 
     def _hear(self, pool: Pool[Task]) -> bool:
-        received = self._channel.receive()
+        try:
+            received = self._channel.receive()
+        except ChildBreach:  # the supervisor is no liar: the kernel had no number for the socket that came with a worker
+            raise ConfigError("a worker's socket could not be received: no descriptor is left; ask for more by --rlimit-nofile") from None
         if received is None:
             return True
         match received.message:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import array
 import errno
+import select
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vfsd.broker.answers import Answer, Granted
 from vfsd.errors import WorkerBreach
@@ -38,6 +39,16 @@ class Outcome(NamedTuple):
     answer: Answer | None
 
 
+class Task(NamedTuple):
+    """One request and where it came from."""
+
+    link: WorkerLink
+    session: int
+    spec: wire.Spec
+    request_id: int
+    message: Any
+
+
 class _Packet(NamedTuple):
     data: bytes
     fds: list[OwnedFd]
@@ -53,6 +64,8 @@ class WorkerLink:
         self.consumed = 0
         self.unanswered = 0
         self.starved = False  # wait for the watchdog's next tick before the next try to send
+        self.rest: deque[Task] = deque()  # of its last packet: the leader's, which takes it in portions
+        self.waits_with_rest = False  # for the worker to read
         self._socket = sock
         self._buffer = bytearray(wire.MAX_PACKET_BYTES)
         self._share_lock = share_lock
@@ -81,7 +94,15 @@ class WorkerLink:
             raise WorkerBreach(f"sent a packet over {wire.MAX_PACKET_BYTES} bytes")
         if length:
             self.consumed += 1
+        elif not self._peer_has_closed():
+            raise WorkerBreach("sent an empty packet")
         return bytes(memoryview(self._buffer)[:length])
+
+    def _peer_has_closed(self) -> bool:
+        """What tells the end of the socket from an empty packet, which recvmsg(2) does not."""
+        poller = select.poll()
+        poller.register(self._socket.fileno(), select.POLLRDHUP)
+        return bool(poller.poll(0))
 
     def _receive_into_buffer(self) -> tuple[int, int]:
         try:
@@ -94,7 +115,17 @@ class WorkerLink:
     @property
     def congested(self) -> bool:
         """Whether to stop reading from it."""
-        return self._queued_bytes > MAX_QUEUED_BYTES or self._queued_fds > MAX_QUEUED_FDS or self.unanswered > MAX_UNANSWERED
+        return self.clogged or self.unanswered > MAX_UNANSWERED
+
+    @property
+    def clogged(self) -> bool:
+        """Whether so much waits for it that nothing more must be answered."""
+        return self._queued_bytes > MAX_QUEUED_BYTES or self._queued_fds > MAX_QUEUED_FDS
+
+    @property
+    def queued_fds(self) -> int:
+        """Donated copies that it has not taken yet."""
+        return self._queued_fds
 
     @property
     def has_queue(self) -> bool:
@@ -225,6 +256,7 @@ class WorkerLink:
             self.closed = True
             while self._queue:
                 _close_all(self._queue.popleft())
+            self._queued_bytes = self._queued_fds = 0
             self._socket.close()
 
 

@@ -109,7 +109,7 @@ class Log(ChannelMessage):
 
 @dataclass(frozen=True, slots=True)
 class Failed(ChannelMessage):
-    """Start-up failed for a reason the user can do something about; the child then exits with 1."""
+    """Start-up failed, or it cannot go on, for a reason the user can do something about; the child then exits with 1."""
 
     text: bytes
 
