@@ -18,7 +18,7 @@ from vfsd.filters import make_filters
 from vfsd.log import OFF, TRACE, StderrLog
 from vfsd.roles import make_roles
 from vfsd.wire import broker_messages as wire
-from vfsd.wire.channel import BROKER_TO_SUPERVISOR, AddWorker, Log, Ready
+from vfsd.wire.channel import BROKER_TO_SUPERVISOR, AddWorker, Breach, Log, Ready
 
 _PATIENCE_SECONDS = 30.0
 _NOFILE = 4096
@@ -37,8 +37,9 @@ class BrokerProcess:
     def __init__(self, share: Path, *arguments: str) -> None:
         options = parse_options(["--shared-dir", str(share), "--socket-path", "unused", *arguments])
         self.log: list[str] = []
+        self.breaches: list[tuple[int, str]] = []
         self._pidfd = OwnedFd(os.pidfd_open(os.getpid()))
-        roles = make_roles(options, self._pidfd.fileno(), _NOFILE, make_filters(options, StderrLog(OFF)))
+        roles = self.roles = make_roles(options, self._pidfd.fileno(), _NOFILE, make_filters(options, StderrLog(OFF)))
         self._child = Child(
             "broker", "vfsd.broker", BROKER_TO_SUPERVISOR, roles.broker,
             pass_fds=(self._pidfd.fileno(),), log=StderrLog(TRACE),
@@ -50,8 +51,7 @@ class BrokerProcess:
         self.session = 0
         try:
             self._hear(Ready)
-            with OwnedFd(theirs.detach()) as fd:
-                assert self._child.send(AddWorker(0), [fd])
+            self.introduce(0, theirs)
             self._begin()
         except BaseException:
             self.close()
@@ -64,10 +64,26 @@ class BrokerProcess:
             if received is None:
                 assert select.select([self._child.channel], [], [], _PATIENCE_SECONDS)[0], "the broker says nothing"
                 continue
-            if isinstance(received.message, Log):
-                self.log.append(str(received.message.text))
+            self._note(received.message)
             if isinstance(received.message, kind):
                 return received.message
+
+    def _note(self, message: Any) -> None:
+        if isinstance(message, Log):
+            self.log.append(str(message.text))
+        elif isinstance(message, Breach):
+            self.breaches.append((message.worker_index, message.text.decode()))
+
+    def introduce(self, index: int, link: socket.socket) -> None:
+        """Tell the broker of another worker, by its end of the socket to it, which is taken over."""
+        with OwnedFd(link.detach()) as fd:
+            assert self._child.send(AddWorker(index), [fd])
+
+    def wait_for_breach(self, index: int) -> str:
+        """What the broker reports of this worker."""
+        while not (found := [text for worker, text in self.breaches if worker == index]):
+            self._hear(Breach)
+        return found[0]
 
     def wait_for_log(self, text: str) -> str:
         """The first line that contains it."""
@@ -78,19 +94,20 @@ class BrokerProcess:
     def drain_log(self) -> list[str]:
         """All that has been said so far."""
         while (received := self._child.channel.receive()) is not None:
-            if isinstance(received.message, Log):
-                self.log.append(str(received.message.text))
+            self._note(received.message)
         return self.log
 
     def _begin(self) -> None:
         self.ask(wire.Hello(wire.PROTOCOL_VERSION))
-        number = self._send(wire.SessionStart(wire.SESSION_POSIX_ACL))
-        packet, _ = self._receive()
-        (notice,) = packet.notices
-        assert isinstance(notice, wire.SessionNotice)
-        self.session = notice.session
-        self._send(wire.SessionAck(self.session))
-        assert self._answer(number).errno == 0
+        assert self.ask(wire.SessionStart(wire.SESSION_POSIX_ACL)).errno == 0
+
+    def _heed(self, notice: wire.Notice) -> None:
+        """As an honest worker does."""
+        if isinstance(notice, wire.SessionNotice):
+            self.session = notice.session
+            self._send(wire.SessionAck(self.session))
+        elif isinstance(notice, wire.LocksNotice):
+            self._send(wire.LocksAck(notice.session))
 
     def _send(self, message: wire.Request) -> int:
         self._last_id += 1
@@ -106,6 +123,8 @@ class BrokerProcess:
     def _answer(self, number: int) -> Got:
         while True:
             packet, fds = self._receive()
+            for notice in packet.notices:
+                self._heed(notice)
             for reply in packet.replies:
                 assert reply.request_id == number
                 return Got(reply.errno, reply.fields, fds[0] if reply.donated else None)

@@ -1,0 +1,32 @@
+"""vfsd, with one of its children in hostile hands: argv is MODULE SCRIPT, then vfsd's own arguments.
+
+Everything else is the daemon as it is. The child of that module starts and confines itself as always, and plays the script
+when it should begin to serve (`puppet.py`).
+"""
+
+import sys
+from typing import NoReturn
+
+from tests.security.arena import PUPPET
+from vfsd import cli
+from vfsd.children import Child
+
+ROLES = {"vfsd.worker": "worker", "vfsd.worker.control": "control"}
+
+
+def main() -> NoReturn:
+    hostile, script = sys.argv[1:3]
+    start = Child._command
+
+    def command(module: str, config_fd: int) -> list[str]:
+        if module != hostile:
+            return start(module, config_fd)
+        return [sys.executable, "-I", str(PUPPET), str(config_fd), ROLES[module], script]
+
+    Child._command = staticmethod(command)  # type: ignore[method-assign]
+    del sys.argv[1:3]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
