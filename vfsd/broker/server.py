@@ -197,7 +197,7 @@ class Server:
 
     def next_turn(self) -> deque[Task]:
         while True:
-            if not self._ready and (due := self._look_around()):
+            if not self._ready and (due := self._wait_for_work()):
                 return due
             if not self._ready:
                 continue
@@ -210,7 +210,7 @@ class Server:
                 self._turn_link = link
                 return tasks
 
-    def _look_around(self) -> deque[Task]:
+    def _wait_for_work(self) -> deque[Task]:
         """Wait for something to do; lock requests that are due."""
         due = self._lock_waits.take_due()
         self._ready.extend(self._epoll.poll(0 if due or self._unfinished else self._lock_waits.seconds()))
