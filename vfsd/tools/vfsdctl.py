@@ -7,6 +7,7 @@ that returns the exit status: 0 all is well, 1 something is not, 2 the command l
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -36,4 +37,5 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main() -> NoReturn:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop when they have seen enough
     sys.exit(run(sys.argv[1:]))
