@@ -10,7 +10,7 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 SECONDS ?= 60
 
-.PHONY: all packages venv guests format check test test-all fuzz fuzz-seeds coverage-record demo bench clean
+.PHONY: all packages venv guests format check test test-all fuzz fuzz-seeds coverage-record audit demo bench clean
 all: check
 
 packages:                       # Debian packages, only those that are missing
@@ -53,6 +53,9 @@ bench: venv
 
 coverage-record: venv           # which rules of the system call policy the tests' daemons exercise; minutes
 	@$(BIN)/python tools/record_coverage
+
+audit: venv                     # everything that speaks for the confinement, tried here and now: a report of one page
+	@$(BIN)/python -m tools.audit
 
 clean:
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
