@@ -161,7 +161,7 @@ class DebianGuest(QemuGuest):
             prefix=prefix,
             cpus=1,
             extra=[word for disk in disks for word in ("-drive", disk)],
-            append=f"{GUEST_APPEND} root=/dev/vda archive=/dev/vdb mitigations=off systemd.show_status=0",
+            append=f"{GUEST_APPEND} disk=/dev/vda archive=/dev/vdb mitigations=off systemd.show_status=0",
         )
 
     def environment(self) -> dict[str, str]:

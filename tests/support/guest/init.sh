@@ -11,9 +11,9 @@ mount -t tmpfs tmpfs /tmp
 while read -r module; do
     insmod "/usr/lib/modules/$module.ko" || echo "init: cannot insert $module"
 done </etc/modules
-root=$(sed -n 's/.* root=\([^ ]*\).*/\1/p' /proc/cmdline)
-if [ -n "$root" ]; then # a disk with a system of its own, and an archive to unpack over it
-    mount -t ext4 "$root" /mnt
+disk=$(sed -n 's/.* disk=\([^ ]*\).*/\1/p' /proc/cmdline)
+if [ -n "$disk" ]; then # a disk with a system of its own, and an archive to unpack over it
+    mount -t ext4 "$disk" /mnt
     tar -x -f "$(sed -n 's/.* archive=\([^ ]*\).*/\1/p' /proc/cmdline)" -C /mnt
     umount /dev/shm /dev/pts /dev /sys /proc /tmp
     exec switch_root /mnt /sbin/init
