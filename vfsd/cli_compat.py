@@ -61,4 +61,4 @@ def _modern_entries(text: str) -> Iterator[str]:
         elif not equals and (name in _ON_OR_OFF or key in _OFF_BY_DEFAULT):
             yield "--" + key.replace("_", "-")
         elif key not in _WITHOUT_EFFECT:
-            raise ConfigError(f"argument -o: {entry!r} is not known; `vfsd --help` lists what there is")
+            raise ConfigError(f"argument -o: {entry!r} is not known")

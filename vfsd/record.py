@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from vfsd.config import HandleMode, Options, SandboxMode, SeccompAction
 from vfsd.fds import OwnedFd
-from vfsd.sandbox.capabilities import change
 
 RECORD_NAME = "vfsd-record"
 MOST_RECORD_BYTES = 1 << 20
@@ -50,7 +50,7 @@ def escape(path: bytes) -> str:
     return ascii(os.fsdecode(path))[1:-1]
 
 
-def in_force(options: Options) -> InForce:
+def in_force(options: Options, broker_extra: Sequence[str] = ()) -> InForce:
     return InForce(
         shared_dir=escape(options.shared_dir),
         socket_path=None if options.socket_path is None else escape(options.socket_path),
@@ -59,7 +59,7 @@ def in_force(options: Options) -> InForce:
         inode_file_handles=options.inode_file_handles,
         readonly=options.readonly,
         request_queues=options.request_queues,
-        broker_extra=" ".join(change((), options.modcaps)),
+        broker_extra=" ".join(broker_extra),
         seccomp_policy=None if options.seccomp_policy is None else escape(os.fsencode(options.seccomp_policy)),
         allow_weak_policy=options.allow_weak_policy,
     )
@@ -68,9 +68,9 @@ def in_force(options: Options) -> InForce:
 class Record:
     """Written once for each process: at most as many as there are queues, and three."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, broker_extra: Sequence[str] = ()) -> None:
         self._memfd = OwnedFd(os.memfd_create(RECORD_NAME))
-        self._options = asdict(in_force(options))
+        self._options = asdict(in_force(options, broker_extra))
         self._reports: dict[int, dict[str, str | int | bool]] = {}
 
     def enter(self, pid: int, report: Report) -> None:

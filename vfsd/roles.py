@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vfsd.config import BrokerConfig, ControlConfig, Options, WorkerConfig
 from vfsd.errors import ConfigError
@@ -129,6 +129,12 @@ class Roles:
 def broker_capabilities(options: Options) -> tuple[str, ...]:
     handle_capability = () if options.inode_file_handles == "never" else (_HANDLE_CAPABILITY,)
     return capabilities.change(_BROKER_CAPABILITIES + handle_capability, options.modcaps)
+
+
+def more_capabilities(options: Options) -> tuple[str, ...]:
+    """What --modcaps gives to the broker beyond what it has anyway."""
+    usual = broker_capabilities(replace(options, modcaps=()))
+    return tuple(name for name in broker_capabilities(options) if name not in usual)
 
 
 def make_roles(options: Options, supervisor_pidfd: int, nofile: int, filters: dict[Role, bytes]) -> Roles:

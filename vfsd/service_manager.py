@@ -19,6 +19,7 @@ from vfsd.log import escape
 
 FIRST_LISTEN_FD = 3  # SD_LISTEN_FDS_START
 RETRY_SECONDS = 0.1  # until the manager, whose queue is full, is told again
+_MOST_DIGITS = 20  # of 2^64
 _BEATS = 4  # in the time after which the manager gives up: one may be late, and one lost
 _VARIABLES = (
     "LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM",
@@ -106,7 +107,7 @@ def take_given(environ: MutableMapping[str, str]) -> Given:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdecimal() else None
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else None
 
 
 def connect_notify_socket(address: str) -> OwnedFd | None:

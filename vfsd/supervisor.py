@@ -31,7 +31,7 @@ from vfsd.filters import make_filters
 from vfsd.limits import set_nofile
 from vfsd.log import ERROR, WARNING, StderrLog, decode_text
 from vfsd.record import Record, Report
-from vfsd.roles import Roles, check_starter, make_roles, resolve_share
+from vfsd.roles import Roles, check_starter, make_roles, more_capabilities, resolve_share
 from vfsd.sandbox import landlock
 from vfsd.sandbox.lockdown import lock_down
 from vfsd.sandbox.user_namespace import enter_user_namespace
@@ -56,6 +56,7 @@ from vfsd.wire.channel import (
     Table,
 )
 
+LONGEST_START_SECONDS = 600.0  # where a service manager has a limit of its own
 START_SECONDS = 30.0  # generous: a busy machine; a child that hangs must still end in a message. A service manager has its own
 STOP_SECONDS = 0.3  # from Stop to SIGKILL; libvirt and systemd kill us some seconds after their SIGTERM
 KILL_SECONDS = 0.5  # then whatever is still there sits in an uninterruptible call of the host's kernel
@@ -74,8 +75,8 @@ def serve(options: Options, log: StderrLog, given: Given) -> int:
     nofile = set_nofile(options.rlimit_nofile)
     if nofile.warning:
         log.log(WARNING, nofile.warning)
-    if more := [name.lower() for added, name in options.modcaps if added]:
-        log.log(WARNING, f"--modcaps: the broker has more capabilities than it needs: {', '.join(more)}")
+    if more := more_capabilities(options):
+        log.log(WARNING, f"--modcaps: the broker has more capabilities than it needs: {', '.join(more).lower()}")
     if options.features.writeback and options.cache in ("never", "metadata"):
         log.log(WARNING, f"--writeback: the guest has no cache to write back with --cache={options.cache}; leave one out")
     if not landlock.abi_version():
@@ -122,7 +123,7 @@ class Supervisor:
         self._workers: dict[int, Child] = {}
         self._status: int | None = None
         self._accepting = False
-        self._record = Record(roles.options)
+        self._record = Record(roles.options, more_capabilities(roles.options))
 
     def run(self) -> int:
         wake_read, wake_write = socket.socketpair()
@@ -182,11 +183,12 @@ class Supervisor:
     # --- serving -------------------------------------------------------------------------------------------------------
 
     def _loop(self) -> int:
-        start_deadline = time.monotonic() + START_SECONDS
+        start_seconds = LONGEST_START_SECONDS if self._manager.told else START_SECONDS
+        start_deadline = time.monotonic() + start_seconds
         while self._status is None:
             starting = [child.role for child in self._children if not child.ready]
-            if starting and not self._accepting and not self._manager.told and time.monotonic() > start_deadline:
-                self._end(1, f"not ready after {START_SECONDS:.0f} s: {', '.join(starting)}")
+            if starting and not self._accepting and time.monotonic() > start_deadline:
+                self._end(1, f"not ready after {start_seconds:.0f} s: {', '.join(starting)}")
                 break
             timeouts = [seconds for seconds in (1.0 if starting else None, self._manager.seconds()) if seconds is not None]
             for key, _ in self._selector.select(timeout=min(timeouts, default=None)):

@@ -56,6 +56,8 @@ def confine_and_attempt(spec, result_fd):
         share = namespaces.enter_share(spec["sandbox"], os.fsencode(spec["share"]), spec["readonly"])
     elif spec["enter"] == "empty":
         namespaces.enter_empty_root(spec["sandbox"])
+    if spec["attempt"] == "each":
+        lockdown._allow_nothing_more = lambda: None  # each attempt is made in a child
     if spec["lock"]:
         lock(spec)
     if before is not None:  # not confined by a filter then

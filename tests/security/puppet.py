@@ -26,7 +26,8 @@ import vfsd.worker.control as control_start
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.sendmsg.restype = ctypes.c_ssize_t
-_PATIENCE_MS = 30_000
+_PATIENCE_SECONDS = 30
+_EPOLL = select.epoll()  # a worker waits by this, and cannot make one later
 _FD_ROOM = socket.CMSG_SPACE(64 * array.array("i").itemsize)
 _ORDER_BYTES = 1 << 20
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220}[platform.machine()]
@@ -73,14 +74,15 @@ def flood(fd, packet, most, fds=()):
 
 def receive(fd):
     """The next packet, b"" at the end of the socket; what it brings besides is dropped."""
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    if not poller.poll(_PATIENCE_MS):
-        raise TimeoutError
+    _EPOLL.register(fd, select.EPOLLIN)
     try:
+        if not _EPOLL.poll(_PATIENCE_SECONDS):
+            raise TimeoutError
         return os.read(fd, _ORDER_BYTES)
     except ConnectionResetError:
         return b""
+    finally:
+        _EPOLL.unregister(fd)
 
 
 def syscall(number, *arguments):
@@ -123,7 +125,7 @@ class Puppet:
         for verb, *arguments in self._script:
             self._do(verb, arguments)
         if self._script:
-            select.poll().poll()
+            (_EPOLL if "broker" in self._sockets else select.poll()).poll()
         while True:
             self._obey(self._sockets["control"])
 

@@ -8,6 +8,7 @@ import pytest
 from vfsd.cli import parse_options
 from vfsd.errors import ConfigError
 from vfsd.record import Record, Report, in_force, read_record
+from vfsd.roles import more_capabilities
 from vfsd.sandbox.census import take_census
 from vfsd.tools import daemon
 
@@ -53,7 +54,7 @@ def test_a_record_that_is_empty_or_of_another_version_is_refused():
 def test_who_may_not_read_it_learns_the_same_from_the_command_line(argv):
     command = ("python", "-m", "vfsd", "--shared-dir=/srv/share", "--socket-path=/run/vm.sock", *argv)
     census = replace(take_census(os.getpid(), list_root=False), command=command)
-    expected = in_force(options(*argv))
+    expected = in_force(options(*argv), more_capabilities(options(*argv)))
     if not any(word.startswith("--num-request-queues") for word in argv):
         expected = replace(expected, request_queues=64)  # the default depends on the daemon's CPUs: as many as can be
     assert daemon._options(census) == expected

@@ -144,16 +144,22 @@ def answer_link(share: Share, call: Call, message: Link) -> Answer:
 
 def answer_unlink(share: Share, call: Call, message: Unlink) -> Answer:
     check_name(message.name)
-    with share.store.pin(message.parent, call.session) as parent, share.path_of(parent) as directory:
-        share.keep_for_a_moment(call.session, directory, message.name)
+    with (
+        share.store.pin(message.parent, call.session) as parent,
+        share.path_of(parent) as directory,
+        share.outliving(call.session, directory, message.name),
+    ):
         os.unlink(message.name, dir_fd=directory.fd)
     return NOTHING
 
 
 def answer_rmdir(share: Share, call: Call, message: RmDir) -> Answer:
     check_name(message.name)
-    with share.store.pin(message.parent, call.session) as parent, share.path_of(parent) as directory:
-        share.keep_for_a_moment(call.session, directory, message.name)
+    with (
+        share.store.pin(message.parent, call.session) as parent,
+        share.path_of(parent) as directory,
+        share.outliving(call.session, directory, message.name),
+    ):
         os.rmdir(message.name, dir_fd=directory.fd)
     return NOTHING
 
@@ -169,8 +175,8 @@ def answer_rename(share: Share, call: Call, message: Rename) -> Answer:
         share.path_of(parent) as old,
         share.path_of(new_parent) as new,
     ):
-        share.keep_for_a_moment(call.session, new, message.new_name)
         whiteout = message.flags & _RENAME_WHITEOUT and _UNKNOWN_ID not in (message.uid, message.gid)
-        with share.credentials.of_owner(message.uid, message.gid) if whiteout else nullcontext():
+        as_owner = share.credentials.of_owner(message.uid, message.gid) if whiteout else nullcontext()
+        with share.outliving(call.session, new, message.new_name), as_owner:
             filecalls.renameat2(old.fd, message.name, new.fd, message.new_name, message.flags)
     return NOTHING

@@ -174,8 +174,8 @@ class Server:
         self._wake()
 
     def have_leader_call(self, function: Callable[[], None]) -> None:
-        """Once, between two packets, from any thread; several wishes at once are one."""
-        if not self._leader_calls:
+        """Once, between two packets, from any thread; the same wish twice at once is one."""
+        if function not in self._leader_calls:
             self._leader_calls.append(function)
         self._wake()
 

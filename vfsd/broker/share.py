@@ -159,17 +159,35 @@ class Share:
     def path_of(self, inode: Pin) -> PathFd:
         return self.paths.of(inode)
 
-    def keep_for_a_moment(self, session: int, directory: PathFd, name: bytes) -> None:
-        """Call it before this name goes. With write-back the guest then sets the times of what had it, and its syncfs(2) reports if
-        it cannot: by handle alone that would be ESTALE.
+    @contextmanager
+    def outliving(self, session: int, directory: PathFd, name: bytes) -> Iterator[None]:
+        """The inode behind a name that goes inside the block lives for a moment longer, if the guest knows it.
+
+        With write-back the guest then sets the times of what had the name, and its syncfs(2) reports it if that cannot be: by
+        handle alone it would be ESTALE.
         """
-        if not self.settings.writeback:
+        victim = self._find_known(session, directory, name) if self.settings.writeback else None
+        if victim is None:
+            yield
             return
-        with suppress(OSError, ReplyErrno), OwnedFd(os.open(name, _REOPEN_AS_PATH | os.O_NOFOLLOW, dir_fd=directory.fd)) as fd:
-            nodeid = self.store.find(self.handles.identify(fd.fileno(), filecalls.statx(fd.fileno())), session)
+        nodeid, path_fd = victim
+        with path_fd:
+            yield
+            with suppress(ReplyErrno), self.store.pin(nodeid, session) as inode:
+                self.paths.keep(inode, path_fd.detach())
+
+    def _find_known(self, session: int, directory: PathFd, name: bytes) -> tuple[int, OwnedFd] | None:
+        """Nodeid and O_PATH descriptor of what has this name now, None if there is nothing or the guest does not know it."""
+        try:
+            found = OwnedFd(os.open(name, _REOPEN_AS_PATH | os.O_NOFOLLOW, dir_fd=directory.fd))
+        except OSError:
+            return None
+        with suppress(OSError, ReplyErrno):
+            nodeid = self.store.find(self.handles.identify(found.fileno(), filecalls.statx(found.fileno())), session)
             if nodeid is not None:
-                with self.store.pin(nodeid, session) as inode:
-                    self.paths.keep(inode, fd.detach())
+                return nodeid, found
+        found.close()
+        return None
 
     def adopt(self, session: int, path_fd: OwnedFd, parent: Pin) -> Entry:
         """Make the inode behind an O_PATH descriptor known to the guest, and count one lookup.

@@ -55,6 +55,9 @@ def _each(roles: tuple[str, ...], reason: str, names: str, *, when: tuple[str, .
     return [Forbidden(name, roles, reason, when, unless) for name in names.split()]
 
 
+# What a confined role must not have either: calls that this list does not know yet.
+_UNLISTED = Forbidden("anything", _CONFINED, "no rule names: its default must be kill")
+
 # Reasons complete the sentence "a role may call X, which ...".
 FORBIDDEN: tuple[Forbidden, ...] = (
     # The kernel itself. These even the supervisor has no use for, nor anything that it starts.
@@ -146,6 +149,8 @@ FORBIDDEN: tuple[Forbidden, ...] = (
 
 def find_weaknesses(role: Role, architecture: str) -> Iterator[Weakness]:
     """What the role can do on that machine and must not."""
+    if role.name in _CONFINED and role.default != "kill":
+        yield Weakness(role.name, _UNLISTED, (0,) * 6, ())
     for forbidden in FORBIDDEN:
         if role.name not in forbidden.roles or architecture not in forbidden.architectures:
             continue
