@@ -30,11 +30,11 @@ format: venv
 check: venv                     # under a minute
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/pytest tests/unit $(PYTEST_ARGS)
 
-test: venv                      # everything, in sizes that suit an everyday run
-	$(BIN)/pytest -n auto $(PYTEST_ARGS)
+test: venv                      # everything, in everyday sizes; PYTEST_ARGS="-n auto" uses all CPUs, where nothing else does
+	$(BIN)/pytest $(PYTEST_ARGS)
 
 test-all: venv                  # everything, in full size and on every guest kernel
-	VFSD_TEST_FULL=1 $(BIN)/pytest -n auto $(PYTEST_ARGS)
+	VFSD_TEST_FULL=1 $(BIN)/pytest $(PYTEST_ARGS)
 
 .venv/fuzz: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]' && touch $@
