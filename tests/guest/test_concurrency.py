@@ -22,7 +22,9 @@ def test_several_processes_write_parts_of_one_file(share: Share) -> None:
     assert share.call(probes.write_own_parts, f"{share.inside}/file", PROCESSES, part) == 0
     with open(f"{share.host}/file", "rb") as file:
         assert file.read() == b"".join(probes.pattern(part, number) for number in range(PROCESSES))
-    share.assert_same()
+    # With write-back a write in the same jiffy as one whose time was sent already sends none: the time is then the host's own.
+    if not share.configuration.writeback:
+        share.assert_same()
 
 
 def test_exclusive_creation_has_one_winner_each(share: Share) -> None:

@@ -148,7 +148,7 @@ def test_property_18_nodeids_of_a_mount_whose_id_is_used_again_stay_dead(mounts,
 
 
 def mount_id(path):
-    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         return next(int(line.split()[0]) for line in file if line.split()[4] == str(path))
 
 
