@@ -56,8 +56,8 @@ from vfsd.wire.channel import (
     Table,
 )
 
-LONGEST_START_SECONDS = 600.0  # where a service manager has a limit of its own
-START_SECONDS = 30.0  # generous: a busy machine; a child that hangs must still end in a message. A service manager has its own
+START_SECONDS = 30.0  # generous: a busy machine; a child that hangs must still end in a message
+LONGEST_START_SECONDS = 600.0  # where a service manager, which has a limit of its own, is told of readiness
 STOP_SECONDS = 0.3  # from Stop to SIGKILL; libvirt and systemd kill us some seconds after their SIGTERM
 KILL_SECONDS = 0.5  # then whatever is still there sits in an uninterruptible call of the host's kernel
 CULPRIT_SECONDS = 0.1  # peers of a child that crashed see their socket close before the kernel reports the crash

@@ -146,3 +146,17 @@ def test_with_the_write_back_cache_the_times_of_what_was_just_removed_can_be_set
         assert (attr.mtime_ns, attr.nlink) == (7, 0)
         fs.client.forget(nodeid)
         fs.served.daemon.wait_for_census(before)
+
+
+def test_what_a_guest_with_write_back_failed_to_remove_is_not_kept(pool):
+    """Removed by the host after that, it is gone for the guest too."""
+    with own_directory(pool, "options", Options(handles="prefer", extra=("--writeback",))) as fs:
+        os.mkdir(fs.host / "full")
+        fs.put("full/file", b"")
+        nodeid = fs.lookup(b"full")
+        with raises(errno.ENOTEMPTY):
+            fs.client.rmdir(fs.dir, b"full")
+        os.unlink(fs.host / "full/file")
+        os.rmdir(fs.host / "full")
+        with raises(errno.ESTALE):
+            fs.client.getattr(nodeid)

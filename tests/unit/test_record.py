@@ -73,3 +73,16 @@ def test_a_socket_path_leads_to_the_pid_beside_it(tmp_path):
     (tmp_path / "vm.sock.pid").write_text("no pid")
     with pytest.raises(ConfigError, match="has no pid in it"):
         daemon.find_supervisor(str(tmp_path / "vm.sock"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "more"),
+    [
+        (["--modcaps=+dac_read_search:-mknod"], ()),
+        (["--modcaps=+dac_read_search", "--inode-file-handles=never"], ("DAC_READ_SEARCH",)),
+        (["--modcaps=+kill:+chown"], ("KILL",)),
+        (["--modcaps=+kill:-kill"], ()),
+    ],
+)
+def test_a_capability_that_the_broker_has_anyway_is_none_more(argv, more):
+    assert more_capabilities(options(*argv)) == more

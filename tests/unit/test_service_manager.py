@@ -192,6 +192,7 @@ def test_without_a_manager_nothing_is_told_and_nothing_due():
         ("", "ours", None),
         ("0", "ours", None),
         ("x", "ours", None),
+        ("1" * 5000, "", None),
     ],
 )
 def test_heartbeats_are_for_who_is_asked(usec, pid, seconds):
