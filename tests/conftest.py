@@ -1,8 +1,22 @@
-"""For all tests: what shares a guest or a module's fixtures runs in one process, when pytest runs several (`-n`)."""
+"""For all tests: a known umask, and which tests run in one process when pytest runs several (`-n`): those that share fixtures."""
+
+import os
+from collections.abc import Iterator
 
 import pytest
 
 SHARED_FOR_LONG = ("servings", "file_system")  # fixtures that serve the tests of one parameter, in all files or in one
+UMASK = 0o022
+
+
+def pytest_configure() -> None:
+    os.umask(UMASK)  # tests name modes; whoever starts them may have any
+
+
+@pytest.fixture(autouse=True)
+def umask_is_left_as_it_was() -> Iterator[None]:
+    yield
+    assert os.umask(UMASK) == UMASK
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

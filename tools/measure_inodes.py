@@ -3,7 +3,8 @@
 Two measurements. The store alone, in this process: it grows, is wiped as by a new session and grows again, and the longest
 single call is the longest pause that it can cause. Then a real vfsd on a tree of empty files, walked with READDIRPLUS
 through the in-process frontend as find(1) would, wiped by a new INIT and walked again; all the while another request queue
-looks a file up once a millisecond and notes how long each answer takes.
+looks a file up once a millisecond and notes how long each answer takes. A process that is not vfsd is asked too: neither can
+be faster than the machine, which others may share.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import gc
 import os
 import shutil
+import socket
 import stat
 import sys
 import tempfile
@@ -35,6 +37,7 @@ from vfsd.broker.inode_store import Identity, InodeStore
 FILES_PER_DIRECTORY = 1000
 PROBE = b"probe"
 PROBE_SECONDS = 0.001
+NOTHING = "not vfsd: a byte to another process and back"
 SETTLE_SECONDS = 3.0
 LISTING_BYTES = 32768  # as a Linux guest asks
 SECOND_REQUEST_QUEUE = 2
@@ -127,18 +130,17 @@ def timed(latencies: Latencies, call: Callable[[], object], clock: Callable[[], 
 
 
 class Prober(threading.Thread):
-    """Looks the probe file up once a millisecond, on a request queue of its own."""
+    """Asks something once a millisecond, and notes how long each answer takes."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, ask: Callable[[], object]) -> None:
         super().__init__(daemon=True)
         self.latencies = Latencies()
-        self._client = FuseClient(device)
-        self._client.queue = SECOND_REQUEST_QUEUE
+        self._ask = ask
         self._ended = threading.Event()
 
     def run(self) -> None:
         while not self._ended.wait(PROBE_SECONDS):
-            timed(self.latencies, lambda: self._client.lookup(ROOT, PROBE), time.perf_counter)
+            timed(self.latencies, self._ask, time.perf_counter)
 
     def __enter__(self) -> Self:
         self.start()
@@ -147,6 +149,29 @@ class Prober(threading.Thread):
     def __exit__(self, *_error: object) -> None:
         self._ended.set()
         self.join()
+
+
+def lookups(device: Device) -> Callable[[], object]:
+    """A question for the probe file's inode, on a request queue of its own."""
+    client = FuseClient(device)
+    client.queue = SECOND_REQUEST_QUEUE
+    return lambda: client.lookup(ROOT, PROBE)
+
+
+@contextmanager
+def echoes() -> Iterator[Callable[[], object]]:
+    """A question for nothing at all, to a process that only answers: what the machine adds to every answer."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        child = os.fork()
+        if child == 0:
+            ours.close()
+            while question := theirs.recv(1):
+                theirs.send(question)
+            os._exit(0)
+        theirs.close()
+        yield lambda: (ours.send(b"?"), ours.recv(1))
+    os.waitpid(child, 0)
 
 
 def measure_daemon(arguments: argparse.Namespace) -> None:
@@ -168,28 +193,32 @@ def _measure_walks(daemon: Daemon, client: FuseClient, arguments: argparse.Names
     client.init()
     client.lookup(ROOT, PROBE)
     rows = []
-    with Prober(client.device) as idle:
-        time.sleep(SETTLE_SECONDS)
-    rows.append(["idle", f"{SETTLE_SECONDS:.1f}", *_held(broker), *idle.latencies.cells()])
+    ask = lookups(client.device)
+    with echoes() as nothing:
+        for title, question in ((NOTHING, nothing), ("idle", ask)):
+            with Prober(question) as prober:
+                time.sleep(SETTLE_SECONDS)
+            rows.append([title, f"{SETTLE_SECONDS:.1f}", *_held(broker), *prober.latencies.cells()])
     for title in ("walk", "walk again"):
         resident = resident_bytes(broker)
-        with Prober(client.device) as prober:
+        with Prober(ask) as prober, echoes() as nothing, Prober(nothing) as floor:
             started = time.perf_counter()
             found = walk(client)
             took = time.perf_counter() - started
         each = (resident_bytes(broker) - resident) / found
         rows.append([f"{title}: {found} inodes", f"{took:.1f}", *_held(broker), *prober.latencies.cells()])
+        rows.append([f"{NOTHING}, during it", "", "", "", *floor.latencies.cells()])
         print(f"{title}: {each:.0f} bytes of resident memory more for each inode", file=sys.stderr)
         started = time.perf_counter()
         client.init()
         wiped = time.perf_counter() - started
-        with Prober(client.device) as prober:
+        with Prober(ask) as prober:
             time.sleep(SETTLE_SECONDS)
         rows.append([f"new session after {title}", f"{wiped:.3f}", *_held(broker), *prober.latencies.cells()])
         if title == "walk":
             first = each
     print(f"\n### A running vfsd, --inode-file-handles={arguments.handles}: {first:.0f} bytes of resident memory for each inode\n")
-    table(["", "seconds", "broker's fds", "broker's MiB", "LOOKUP ms: median", "99.9 %", "longest"], rows)
+    table(["", "seconds", "broker's fds", "broker's MiB", "answer ms: median", "99.9 %", "longest"], rows)
     for line in daemon.log:
         if "WARN" in line or "ERROR" in line:
             print(line)
