@@ -10,16 +10,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from vfsd.channel import Channel, ChannelClosed
 from vfsd.config import RoleConfig, config_memfd
 from vfsd.errors import ConfigError
 from vfsd.fds import OwnedFd
+from vfsd.heartbeat import Heartbeat
 from vfsd.log import ChildLines, StderrLog
 from vfsd.sandbox.namespaces import USE_CHROOT
 from vfsd.sandbox.spawn import FirstProcess, start_in_pid_namespace
@@ -44,6 +47,10 @@ class Child:
     ) -> None:
         self.role = role
         self.ready = False
+        self.started_at = time.monotonic()
+        self.completed = False  # of a worker: whether it completed a request
+        self.heartbeat: Heartbeat | None = None  # of a worker that serves
+        self.returncode = 0  # meaningful once it is reaped
         self.lines = ChildLines(log, role.replace(" ", ""))
         self._last_words = _sealed_memfd(LAST_WORDS_BYTES)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -102,7 +109,8 @@ class Child:
 
     def reap(self) -> str:
         """How it died, in words. Call it only when the pidfd is readable, or it waits."""
-        return death(self._process.wait())
+        self.returncode = self._process.wait()
+        return death(self.returncode)
 
     def last_words(self) -> list[str]:
         """What it wrote to stderr: the end of a traceback, or nothing."""
@@ -126,6 +134,21 @@ def death(returncode: int) -> str:
     if -returncode == signal.SIGSYS:
         return f"was killed by {name}: it made a system call that its seccomp filter does not allow"
     return f"was killed by {name}"
+
+
+def wait_for_deaths(children: list[Child], seconds: float, enough: int | None = None) -> list[Child]:
+    """Those that died within that time; returns as soon as so many (default: all) have."""
+    poller = select.poll()
+    alive = {child.pidfd.fileno(): child for child in children}
+    for fd in alive:
+        poller.register(fd, select.POLLIN)
+    dead: list[Child] = []
+    deadline = time.monotonic() + seconds
+    while alive and (enough is None or len(dead) < enough) and (left := deadline - time.monotonic()) > 0:
+        for fd, _ in poller.poll(left * 1000):
+            poller.unregister(fd)
+            dead.append(alive.pop(fd))
+    return dead
 
 
 def _sealed_memfd(size: int) -> OwnedFd:

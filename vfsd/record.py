@@ -75,8 +75,17 @@ class Record:
 
     def enter(self, pid: int, report: Report) -> None:
         self._reports[pid] = asdict(report)
+        self._write()
+
+    def leave(self, pid: int) -> None:
+        """It died and is replaced; its number may soon be another's."""
+        self._reports.pop(pid, None)
+        self._write()
+
+    def _write(self) -> None:
         text = json.dumps({"options": self._options, "processes": self._reports}).encode()
-        os.pwrite(self._memfd.fileno(), text, 0)  # only ever longer, so there is nothing to cut off
+        os.pwrite(self._memfd.fileno(), text, 0)
+        os.ftruncate(self._memfd.fileno(), len(text))
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,6 @@ Exit status: 0 when the frontend closed the connection or a signal (SIGTERM, SIG
 from __future__ import annotations
 
 import os
-import select
 import selectors
 import signal
 import socket
@@ -23,11 +22,13 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from vfsd.channel import ChannelClosed
-from vfsd.children import Child
+from vfsd.children import Child, wait_for_deaths
 from vfsd.config import Options, RoleConfig
+from vfsd.deaths import Deaths
 from vfsd.errors import ChildBreach
 from vfsd.fds import OwnedFd
 from vfsd.filters import make_filters
+from vfsd.heartbeat import Heartbeat
 from vfsd.limits import set_nofile
 from vfsd.log import ERROR, WARNING, StderrLog, decode_text
 from vfsd.record import Record, Report
@@ -37,14 +38,17 @@ from vfsd.sandbox.lockdown import lock_down
 from vfsd.sandbox.user_namespace import enter_user_namespace
 from vfsd.service_manager import Given, ServiceManager, connect_notify_socket
 from vfsd.sockets import VhostSocket, adopt_socket, make_listener
+from vfsd.vigil import Vigil, late_to_start
 from vfsd.wire.channel import (
     BROKER_TO_SUPERVISOR,
     CONTROL_TO_SUPERVISOR,
     WORKER_TO_SUPERVISOR,
     AddWorker,
+    Alive,
     AreYouWell,
     Breach,
     ChannelMessage,
+    Completed,
     Connection,
     Failed,
     FrontendGone,
@@ -121,9 +125,11 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._children: list[Child] = []
         self._workers: dict[int, Child] = {}
+        self._deaths = Deaths()
         self._status: int | None = None
         self._accepting = False
         self._record = Record(roles.options, more_capabilities(roles.options))
+        self._vigil = Vigil(log)
 
     def run(self) -> int:
         wake_read, wake_write = socket.socketpair()
@@ -158,7 +164,7 @@ class Supervisor:
 
             self._workers[index] = self._spawn(f"worker {index}", "vfsd.worker", WORKER_TO_SUPERVISOR, make_config, give)
             told = self._broker.send(AddWorker(index), [broker_ours]) and self._control.send(AddWorker(index), [control_ours])
-        if not told:
+        if not told and not self._look_for_deaths([self._broker, self._control]):
             self._end(1, f"worker {index} could not be introduced: broker or control do not read their channel")
 
     def _spawn(self, role: str, module: str, accepts: Table, make_config: Callable[[int], RoleConfig], give: tuple[int, ...] = ()) -> Child:
@@ -183,20 +189,26 @@ class Supervisor:
     # --- serving -------------------------------------------------------------------------------------------------------
 
     def _loop(self) -> int:
-        start_seconds = LONGEST_START_SECONDS if self._manager.told else START_SECONDS
-        start_deadline = time.monotonic() + start_seconds
         while self._status is None:
-            starting = [child.role for child in self._children if not child.ready]
-            if starting and not self._accepting and time.monotonic() > start_deadline:
-                self._end(1, f"not ready after {start_seconds:.0f} s: {', '.join(starting)}")
-                break
-            timeouts = [seconds for seconds in (1.0 if starting else None, self._manager.seconds()) if seconds is not None]
-            for key, _ in self._selector.select(timeout=min(timeouts, default=None)):
+            sleep, managers = self._vigil.seconds(self._children), self._manager.seconds()
+            for key, _ in self._selector.select(timeout=sleep if managers is None else min(sleep, managers)):
                 key.data()
                 if self._status is not None:
                     break
+            else:
+                self._watch_over_children(time.monotonic())
             self._manager.tick()
         return self._status or 0
+
+    def _watch_over_children(self, now: float) -> None:
+        self._vigil.watch(self._children, now)
+        seconds = LONGEST_START_SECONDS if self._manager.told and not self._accepting else START_SECONDS
+        late = late_to_start(self._children, now, seconds)
+        if late and not self._accepting:
+            self._end(1, f"not ready after {seconds:.0f} s: {', '.join(child.role for child in late)}")
+        for child in late if self._accepting else ():
+            child.started_at = now
+            self._vigil.kill(child, f"is not ready after {seconds:.0f} s")
 
     def _on_signal(self, wake_read: socket.socket) -> None:
         number = wake_read.recv(1)[0]
@@ -207,6 +219,8 @@ class Supervisor:
         if not child.ready:  # what it says later may be somebody else's words
             self._record.enter(child.pid, Report(role=child.role, **asdict(said)))
         child.ready = True
+        if child in self._workers.values():
+            child.heartbeat = Heartbeat(time.monotonic())
         if not self._accepting and all(each.ready for each in self._children):
             self._accepting = True
             self._manager.ready(f"Waiting for a frontend, to serve {self._share}", lambda: self._broker.send(AreYouWell()))
@@ -244,6 +258,8 @@ class Supervisor:
 
     def _on_channel(self, child: Child) -> None:
         """Hear one child; at the end of its channel only stop listening, how it died is told by its pidfd."""
+        if child not in self._children:
+            return  # it was replaced while this turn's events were dealt with
         try:
             for _ in range(MESSAGES_PER_TURN):
                 received = child.channel.receive()
@@ -261,6 +277,10 @@ class Supervisor:
                 child.lines.write(level, text)
             case Ready():
                 self._on_ready(child, message)
+            case Completed():
+                child.completed = True
+            case Alive() if child.heartbeat is not None:
+                child.heartbeat.answered(time.monotonic())
             case Failed(text):
                 self._end(1, f"{child.role} {'cannot go on' if child.ready else 'could not start'}: {decode_text(text)}")
             case NeedWorker(index):
@@ -296,6 +316,9 @@ class Supervisor:
                 self._log.log(ERROR, last_line)
 
     def _on_death(self, child: Child) -> None:
+        """A worker that died while the device serves is replaced, unless too many died. Any other death is the end."""
+        if child not in self._children:
+            return
         culprit, how = child, child.reap()
         if not how.startswith("was killed"):
             culprit, how = self._find_killed(child, how)
@@ -304,7 +327,31 @@ class Supervisor:
             culprit.lines.write(ERROR, line.encode())
         words = f": {culprit.last_words()[-1]}" if culprit.last_words() else ""
         when = "" if culprit.ready else " before it was ready"
-        self._end(1, f"{culprit.role} (pid {culprit.pid}) {how}{when}{words}")
+        what = f"{culprit.role} (pid {culprit.pid}) {how}{when}{words}"
+        index = next((index for index, worker in self._workers.items() if worker is culprit), None)
+        if index is None or not self._accepting or self._status is not None:
+            self._end(1, what)
+        elif reason := self._deaths.too_many(index, culprit.returncode, completed=culprit.completed, now=time.monotonic()):
+            self._end(1, f"{what}; it is not replaced: {reason}")
+        else:
+            self._log.warning(f"{what}; another one takes its place")
+            self._discard(culprit)
+            self._start_worker(index)
+
+    def _discard(self, child: Child) -> None:
+        for fd in (child.pidfd.fileno(), child.channel.fileno()):
+            if fd in self._selector.get_map():
+                self._selector.unregister(fd)
+        self._children.remove(child)
+        self._record.leave(child.pid)
+        child.close()
+
+    def _look_for_deaths(self, children: list[Child]) -> bool:
+        """Whether one of these has just died; then that is dealt with."""
+        dead = wait_for_deaths(children, CULPRIT_SECONDS, enough=1)
+        if dead:
+            self._on_death(dead[0])
+        return bool(dead)
 
     def _drain(self, child: Child) -> None:
         """What it said before it died; that may be the reason (Failed)."""
@@ -314,42 +361,30 @@ class Supervisor:
             self._on_channel(child)
 
     def _find_killed(self, child: Child, how: str) -> tuple[Child, str]:
-        """A child that ended by itself has often only lost a peer: prefer to blame one that a signal killed meanwhile."""
-        for other in _wait_for_deaths([each for each in self._children if each is not child], CULPRIT_SECONDS, enough=1):
+        """A child that ended by itself has often only lost a peer: prefer to blame one that a signal killed meanwhile.
+
+        Broker and control are to blame however they ended: a worker cannot go on without them.
+        """
+        for other in wait_for_deaths([each for each in self._children if each is not child], CULPRIT_SECONDS, enough=1):
             others_end = other.reap()
-            if others_end.startswith("was killed"):
+            if others_end.startswith("was killed") or other in (self._broker, self._control):
                 return other, others_end
         return child, how
 
     def _stop_children(self) -> None:
         for child in self._children:
             child.send(Stop())
-        dead = _wait_for_deaths(self._children, STOP_SECONDS)
+        dead = wait_for_deaths(self._children, STOP_SECONDS)
         left = [child for child in self._children if child not in dead]
         for child in left:
             child.kill()
-        dead += _wait_for_deaths(left, KILL_SECONDS)
+        dead += wait_for_deaths(left, KILL_SECONDS)
         for child in self._children:
             if child in dead:
                 child.reap()
             else:
                 self._log.warning(f"{child.role} (pid {child.pid}) does not die: it waits in a call of the host's kernel")
             child.close()
-
-
-def _wait_for_deaths(children: list[Child], seconds: float, enough: int | None = None) -> list[Child]:
-    """Those that died within that time; returns as soon as so many (default: all) have."""
-    poller = select.poll()
-    alive = {child.pidfd.fileno(): child for child in children}
-    for fd in alive:
-        poller.register(fd, select.POLLIN)
-    dead: list[Child] = []
-    deadline = time.monotonic() + seconds
-    while alive and (enough is None or len(dead) < enough) and (left := deadline - time.monotonic()) > 0:
-        for fd, _ in poller.poll(left * 1000):
-            poller.unregister(fd)
-            dead.append(alive.pop(fd))
-    return dead
 
 
 def _peer(fd: int) -> str:

@@ -172,6 +172,19 @@ class FakeWorker:
         self.socket.send(wire.join_requests(self.session if session is None else session, encoded))
         return ids
 
+    def send_once(self, message: wire.Request, *slot: int) -> int:
+        """One message for this request of the guest's; its request id."""
+        self._next_id += 1
+        self.socket.send(wire.join_requests(self.session, [wire.encode_request(self._next_id, message, wire.Slot(*slot))]))
+        return self._next_id
+
+    def ask_once(self, message: wire.Request, *slot: int) -> Got:
+        """As `ask`, for this request of the guest's."""
+        number = self.send_once(message, *slot)
+        self.bench.pump()
+        self.read()
+        return self.replies.pop(number)
+
     def read(self) -> None:
         """Take all that has come."""
         while True:

@@ -3,6 +3,7 @@
 import os
 import struct
 
+from vfsd.wire.inflight import TABLE_BYTES, InflightTable
 from vfsd.worker.guest_memory import GuestMemory
 from vfsd.worker.virtqueue import Virtqueue
 
@@ -26,7 +27,8 @@ class Driver:
 
     def queue(self, *, last_avail=0, memory=None, **changed):
         arguments = {"size": self.size, "desc_uva": UVA + DESC_AT, "avail_uva": UVA + AVAIL_AT, "used_uva": UVA + USED_AT}
-        arguments |= {"event_idx": self.event_idx} | changed
+        table = InflightTable(memoryview(bytearray(TABLE_BYTES)))
+        arguments |= {"event_idx": self.event_idx, "inflight": table, "start_number": 1} | changed
         queue = Virtqueue(memory or self.memory, 3, last_avail=last_avail, **arguments)
         self.queues.append(queue)
         return queue

@@ -23,6 +23,7 @@ from vfsd.worker.broker_client import BrokerClient, BrokerGone
 from vfsd.worker.cache_policy import CACHE_POLICIES
 from vfsd.worker.event_loop import EventLoop
 from vfsd.worker.file_system import FileSystem
+from vfsd.worker.inflight_memory import InflightMemory
 
 PATIENCE = 20.0
 MIB = 1 << 20
@@ -56,6 +57,7 @@ class Loop:
         self.fs = fs
         self.theirs = [control, supervisor]
         self.memory = GuestRam((4 * MIB,))
+        self.inflight = InflightMemory(4)
         self.rings: dict[int, Ring] = {}
         self.answers: list[Any] = []
         self.seq = 0
@@ -122,10 +124,10 @@ class Loop:
 
     def start(self, ring: Ring, last_avail: int = 0, **changed: int) -> Any:
         values = {"size": ring.size, "desc_uva": self.memory.uva(ring.desc)} | changed
-        fds = [copy_of(ring.kick_fd), copy_of(ring.call_fd), copy_of(ring.err_fd)]
+        fds = [copy_of(self.inflight.of(ring.index).fileno()), copy_of(ring.kick_fd), copy_of(ring.call_fd), copy_of(ring.err_fd)]
         return self.ask(
             wire.RingStart, ring.index, values["size"], last_avail, values["desc_uva"], self.memory.uva(ring.avail),
-            self.memory.uva(ring.used), ring.event_idx, True, True, True, fds=fds,
+            self.memory.uva(ring.used), ring.event_idx, True, True, True, self.inflight.next_start(), fds=fds,
         )  # fmt: skip
 
     def fds(self) -> int:
@@ -158,3 +160,4 @@ class Loop:
         for ring in self.rings.values():
             ring.close()
         self.memory.close()
+        self.inflight.close()

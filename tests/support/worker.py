@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Collection
 from contextlib import suppress
+from itertools import count
 from typing import Any, NamedTuple
 
 from tests.support.broker import Bench, RecordingLog
@@ -21,6 +22,7 @@ from vfsd.config import Features
 from vfsd.fds import OwnedFd, TempFd
 from vfsd.wire import broker_messages as wire
 from vfsd.wire import fuse_abi as abi
+from vfsd.wire.inflight import InflightTable
 from vfsd.worker.broker_client import BrokerClient
 from vfsd.worker.cache_policy import CACHE_POLICIES
 from vfsd.worker.dispatch import Dispatcher
@@ -31,6 +33,7 @@ from vfsd.worker.ring import Ring
 from vfsd.worker.virtqueue import Chain
 
 PATIENCE_MS = 20_000
+_numbers = count(1)
 
 
 def pack_request(
@@ -56,7 +59,7 @@ def randomly_cut(data: bytes | bytearray, rng: random.Random) -> list[memoryview
 
 
 def make_chain(readable: list[memoryview], writable: list[memoryview], head: int = 0) -> Chain:
-    chain = Chain(head)
+    chain = Chain(head, next(_numbers))
     chain.readable, chain.writable = readable, writable
     chain.readable_bytes = sum(map(len, readable))
     chain.writable_bytes = sum(map(len, writable))
@@ -147,6 +150,8 @@ class Worker:
         self.queue = Queue()
         self.ring = Ring(self.queue, None, None, None)
         self._next_head = 0
+        self.inflight: InflightTable | None = None
+        self.deaths = 0
         self._buffers: dict[int, bytearray] = {}
         self.broker.ask(wire.Hello(wire.PROTOCOL_VERSION), _Greeting(self.fs))
         self.turn()
@@ -170,8 +175,25 @@ class Worker:
         buffer = self._buffers[head] = bytearray(b"\xee" * room)
         cutter = randomly_cut if rng is not None else lambda data, _rng: cut(data, [])
         self.queue.chains[head] = make_chain(cutter(bytearray(request), rng), cutter(buffer, rng), head)
+        if self.inflight is not None:
+            self._note(self.queue.chains[head], self.inflight)
         self.dispatcher.handle(self.ring, self.queue.chains[head])
         return head
+
+    def _note(self, chain: Chain, inflight: InflightTable) -> None:
+        """As a queue does with what it pops, or with what was popped before a death."""
+        chain.inflight, chain.deaths = inflight, self.deaths
+        if not chain.deaths:
+            inflight.take(chain.head, chain.number)
+        chain.number = inflight.number(chain.head)
+
+    def submit_again(self, head: int, request: bytes, deaths: int = 1) -> int:
+        """Hand over a request that another worker had at that head when it died."""
+        self.deaths, self._next_head = deaths, head - 1
+        try:
+            return self.submit(request)
+        finally:
+            self.deaths = 0
 
     def finish(self, head: int) -> Reply | None:
         """Let broker and pool work until the request is answered; None if it was owed no reply."""

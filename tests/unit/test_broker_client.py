@@ -42,8 +42,9 @@ class Broker:
             assert len(data) <= wire.MAX_PACKET_BYTES
             session, requests = wire.decode_requests(data)
             self.consumed += 1
-            self.last_ids = [number for _spec, number, _message in requests]
-            found.append((session, [message for _spec, _number, message in requests]))
+            self.last_ids = [number for _spec, number, _message, _slot in requests]
+            self.last_slots = [slot for _spec, _number, _message, slot in requests]
+            found.append((session, [message for _spec, _number, message, _slot in requests]))
 
     def reply(self, *replies, notices=(), fds=()):
         packet = wire.join_replies(self.consumed, list(map(wire.encode_reply, replies)), list(map(wire.encode_notice, notices)))
@@ -157,18 +158,19 @@ def test_more_than_a_packet_takes_is_several(broker):
 
 def test_forgets_are_gathered_into_one_message(broker):
     for nodeid in range(2, 102):
-        broker.client.forget(nodeid, nodeid * 2)
+        broker.client.forget([nodeid, nodeid * 2], wire.Slot(1 << 16 | nodeid, 1000 + nodeid), Waiting())
     broker.client.ask(LOOKUP, Waiting())
     broker.client.flush()
     ((_session, messages),) = broker.packets()
     (forget,) = [message for message in messages if isinstance(message, wire.Forget)]
     assert forget.pairs == [number for nodeid in range(2, 102) for number in (nodeid, nodeid * 2)]
+    assert forget.requests == [number for nodeid in range(2, 102) for number in (1 << 16 | nodeid, 1000 + nodeid, 0, 1)]
 
 
 @pytest.mark.parametrize("count", [wire.MAX_FORGETS - 1, wire.MAX_FORGETS, wire.MAX_FORGETS + 1, 3 * wire.MAX_FORGETS + 5])
 def test_any_number_of_forgets_fits_the_protocol(broker, count):
     for _ in range(count):
-        broker.client.forget(2**64 - 1, 2**64 - 1)
+        broker.client.forget([2**64 - 1, 2**64 - 1], wire.Slot(255 << 16 | 32767, 2**64 - 1), Waiting())
     broker.client.flush()
     seen = 0
     while packets := broker.packets():
@@ -178,13 +180,54 @@ def test_any_number_of_forgets_fits_the_protocol(broker, count):
     assert seen == count
 
 
+@pytest.mark.parametrize("before", [0, 1, wire.MAX_FORGETS - 1])
+def test_one_long_request_to_forget_is_cut_and_says_which_part_is_where(broker, before):
+    for number in range(before):
+        broker.client.forget([7, 1], wire.Slot(number, 1), Waiting())
+    teller = Waiting()
+    pairs = [number for nodeid in range(5000) for number in (nodeid, 1)]
+    broker.client.forget(pairs, wire.Slot(9000, 5), teller)
+    assert teller.answers == []
+    broker.client.flush()
+    assert teller.answers == [(0, [], None)]
+    forgets = [message for _session, messages in broker.packets() for message in messages]
+    assert [number for message in forgets for number in message.pairs] == [7, 1] * before + pairs
+    parts = [message.requests[start : start + 4] for message in forgets for start in range(0, len(message.requests), 4)]
+    ours = [(first, count) for place, number, first, count in parts if (place, number) == (9000, 5)]
+    assert [first for first, _count in ours] == [sum(count for _first, count in ours[:number]) for number in range(len(ours))]
+    assert sum(count for _first, count in ours) == 5000
+
+
+def test_a_teller_hears_when_its_message_is_sent_and_not_before(broker):
+    for _ in range(wire.MAX_OUTSTANDING_PACKETS):
+        broker.client.ask(LOOKUP, Waiting())
+        broker.client.flush()
+    teller = Waiting()
+    broker.client.tell(wire.Release(1, 2), teller)
+    broker.client.flush()
+    assert teller.answers == []
+    broker.packets()
+    broker.reply()
+    broker.client.flush()
+    assert teller.answers == [(0, [], None)]
+    assert broker.packets() == [(0, [wire.Release(1, 2)])]
+
+
+def test_a_question_carries_its_slot(broker):
+    broker.client.ask(wire.Unlink(1, b"name"), Waiting(), wire.Slot(1 << 16 | 2, 3))
+    broker.client.ask(LOOKUP, Waiting())
+    broker.client.flush()
+    broker.packets()
+    assert broker.last_slots == [(1 << 16 | 2, 3), None]
+
+
 def test_what_was_gathered_before_a_session_belongs_to_the_one_before(broker):
     broker.client.ask(LOOKUP, Waiting())
-    broker.client.forget(5, 1)
+    broker.client.forget([5, 1], wire.Slot(1, 2), Waiting())
     broker.client.begin_session(9)
     broker.client.tell(wire.SessionAck(9))
     broker.client.flush()
-    assert broker.packets() == [(0, [LOOKUP, wire.Forget([5, 1])]), (9, [wire.SessionAck(9)])]
+    assert broker.packets() == [(0, [LOOKUP, wire.Forget([5, 1], [1, 2, 0, 1])]), (9, [wire.SessionAck(9)])]
 
 
 def test_a_full_socket_blocks_nothing_and_what_waits_goes_later(broker):

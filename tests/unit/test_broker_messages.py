@@ -64,8 +64,8 @@ def test_what_is_encoded_is_decoded(session, asked):
     packet = wire.join_requests(session, [wire.encode_request(number, message) for number, message in asked])
     got_session, got = wire.decode_requests(packet)
     assert got_session == session
-    assert [(number, message) for _spec, number, message in got] == asked
-    assert all(type(message) is spec.message for spec, _number, message in got)
+    assert [(number, message) for _spec, number, message, _slot in got] == asked
+    assert all(type(message) is spec.message and slot is None for spec, _number, message, slot in got)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -73,7 +73,7 @@ def test_the_longest_message_of_each_kind_passes_in_one_packet(spec):
     message = spec.message._make(map(extremes, spec.fields))
     packet = wire.join_requests(U64, [wire.encode_request(U64, message)])
     assert len(packet) <= wire.MAX_PACKET_BYTES
-    assert wire.decode_requests(packet) == (U64, [(spec, U64, message)])
+    assert wire.decode_requests(packet) == (U64, [(spec, U64, message, None)])
 
 
 @given(st.binary(max_size=300))
@@ -105,8 +105,32 @@ def test_any_msgpack_object_is_a_packet_or_a_breach(thing):
 @given(st.sampled_from(wire.REQUESTS), st.lists(OBJECTS, max_size=12), OBJECTS)
 def test_any_fields_behind_a_real_tag_are_a_message_or_a_breach(spec, fields, number):
     with contextlib.suppress(WorkerBreach):
-        _session, ((_spec, _number, message),) = wire.decode_requests(pack([spec.tag, number, *fields]))
+        _session, ((_spec, _number, message, _slot),) = wire.decode_requests(pack([spec.tag, number, *fields]))
         assert all(field.accepts(value) for field, value in zip(spec.fields, message, strict=True))
+
+
+@given(st.integers(0, U64), st.integers(0, 255), st.integers(0, 32767), st.integers(0, U64))
+def test_a_slot_is_decoded_as_it_was_encoded(request_id, queue, head, number):
+    slot, message = wire.Slot(wire.place_of(queue, head), number), wire.Unlink(1, b"name")
+    packet = wire.join_requests(1, [wire.encode_request(request_id, message, slot)])
+    assert wire.decode_requests(packet) == (1, [(wire.SPEC_OF[wire.Unlink], request_id, message, slot)])
+
+
+@pytest.mark.parametrize(
+    "slot", [[], [1], [1, 2], [1, 2, 3, 4], [1, 1 << 24, 0], [1, -1, 0], [1, 0, -1], [1, True, 0], [1, 0, True], [1, 0, b"0"], [True, 0, 0]]
+)
+def test_a_bad_slot_is_a_breach(slot):
+    assert "Unlink: bad" in refused(pack([19, slot, 1, b"name"]))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_only_what_is_to_be_done_once_may_have_a_slot(spec):
+    message = spec.message._make(map(extremes, spec.fields))
+    packet = wire.join_requests(1, [wire.encode_request(1, message, wire.Slot(0, 0))])
+    if spec.message in wire.ONCE:
+        assert wire.decode_requests(packet)[1][0][3] == (0, 0)
+    else:
+        assert refused(packet) == f"{spec.message.__name__}: has no slot"
 
 
 @given(any_message(), st.data())

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -36,9 +37,10 @@ from vfsd.wire.channel import (
     RingStop,
     Stop,
 )
-from vfsd.worker import control, worker_links
+from vfsd.worker import worker_links
 from vfsd.worker.control import Control, worker_of
 from vfsd.worker.device import FEATURES
+from vfsd.worker.inflight_memory import InflightMemory
 
 UVA, SIZE = 0x7F0000000000, 0x100000
 NEED_REPLY = vu.VHOST_USER_NEED_REPLY_MASK
@@ -61,7 +63,7 @@ class World:
         config = ControlConfig(
             channel_fd=0, supervisor_pidfd=0, confinement=CONFINEMENT, sandbox="none", log_level=DEBUG, tag=None, request_queues=request_queues
         )  # fmt: skip
-        self._control = Control(config, self._control_channel, ChildLog(self._control_channel, DEBUG))
+        self._control = Control(config, self._control_channel, ChildLog(self._control_channel, DEBUG), InflightMemory(request_queues + 1))
         self.error = None
         self.logs = []
         self.thread = threading.Thread(target=self._run)
@@ -168,7 +170,7 @@ def test_queues_are_spread_over_workers():
 def test_an_acknowledgement_waits_until_the_ring_really_runs(world):
     world.set_up()
     start = world.asked(0)
-    assert start == RingStart(2, 1, 128, 3, UVA, UVA + 0x1000, UVA + 0x2000, True, True, False, False)
+    assert start == RingStart(2, 1, 128, 3, UVA, UVA + 0x1000, UVA + 0x2000, True, True, False, False, 1)
     assert not select.select([world.frontend], [], [], 0.1)[0]
     world.workers[0].send(Done(start.seq, 0))
     assert world.reply() == (vu.VHOST_USER_SET_VRING_ENABLE, bytes(8))
@@ -182,6 +184,7 @@ def test_a_worker_is_asked_for_when_its_queue_is_named_and_given_memory_when_it_
     assert world.answers(2) == MemoryAdd(2, 0, SIZE, UVA, 0)
     assert isinstance(world.answers(2), RingStart)
     assert world.reply()[0] == vu.VHOST_USER_SET_VRING_ENABLE
+    assert world.asked(2, seconds=0.1) is None
 
 
 def test_memory_goes_to_all_workers_that_serve_or_to_none(world):
@@ -289,13 +292,137 @@ def test_a_broken_ring_is_logged_and_the_connection_lives(world):
     assert "queue 1 is stopped, the guest's driver broke it: a loop" in world.logs
 
 
-def test_a_dead_worker_is_left_to_the_supervisor_to_explain(world, monkeypatch):
-    monkeypatch.setattr(control, "LOST_WORKER_SECONDS", 0.3)
+def serving(world):
+    """A world in which worker 0 serves ring 1; its RingStart."""
+    world.set_up()
+    start = world.answers(0)
+    world.reply()
+    return start
+
+
+def restored(world, *, start):
+    """Be the successor of worker 0 until it has what its predecessor had."""
+    assert world.answers(0) == MemoryClear(1)
+    assert world.answers(0) == MemoryAdd(2, 0, SIZE, UVA, 0)
+    assert world.answers(0) == replace(start, seq=3)
+
+
+def test_a_successor_gets_memory_and_rings_by_the_same_start(world):
+    start = serving(world)
     world.workers[0].close()
-    assert world.heard(seconds=0.1) is None
-    assert world.heard() == FrontendGone(b"worker 0 is gone", False)
-    world.thread.join(2)
-    assert not world.thread.is_alive()
+    world.add_worker(0)
+    restored(world, start=start)
+    world.tell(vu.VHOST_USER_GET_VRING_BASE, struct.pack("<II", 1, 0))
+    assert world.answers(0, 12) == RingStop(4, 1)
+    assert world.reply() == (vu.VHOST_USER_GET_VRING_BASE, struct.pack("<II", 1, 12))
+
+
+def test_the_frontend_is_served_while_there_is_no_worker_and_what_needs_one_waits(world):
+    start = serving(world)
+    world.workers[0].close()
+    world.tell(vu.VHOST_USER_GET_QUEUE_NUM)
+    assert world.reply() == (vu.VHOST_USER_GET_QUEUE_NUM, struct.pack("<Q", 4))
+    world.tell(vu.VHOST_USER_GET_VRING_BASE, struct.pack("<II", 1, 0))
+    assert not select.select([world.frontend], [], [], 0.1)[0]
+    world.add_worker(0)
+    restored(world, start=start)
+    assert world.answers(0, 41) == RingStop(4, 1)
+    assert world.reply() == (vu.VHOST_USER_GET_VRING_BASE, struct.pack("<II", 1, 41))
+
+
+def test_a_worker_that_dies_while_it_is_asked_to_stop_a_ring_is_asked_again_as_its_successor(world):
+    start = serving(world)
+    world.tell(vu.VHOST_USER_GET_VRING_BASE, struct.pack("<II", 1, 0))
+    world.asked(0)
+    world.workers[0].close()
+    world.add_worker(0)
+    restored(world, start=start)
+    assert world.answers(0, 41) == RingStop(4, 1)
+    assert world.reply() == (vu.VHOST_USER_GET_VRING_BASE, struct.pack("<II", 1, 41))
+
+
+def test_a_worker_that_dies_while_it_starts_a_ring_leaves_it_to_its_successor(world):
+    world.set_up()
+    start = world.asked(0)
+    world.workers[0].close()
+    world.add_worker(0)
+    restored(world, start=start)
+    assert world.reply() == (vu.VHOST_USER_SET_VRING_ENABLE, bytes(8))
+
+
+def test_a_successor_that_dies_too_has_a_successor(world):
+    start = serving(world)
+    world.workers[0].close()
+    world.add_worker(0)
+    world.asked(0)
+    world.workers[0].close()
+    world.add_worker(0)
+    restored(world, start=start)
+    world.tell(vu.VHOST_USER_GET_QUEUE_NUM)
+    assert world.reply() == (vu.VHOST_USER_GET_QUEUE_NUM, struct.pack("<Q", 4))
+
+
+def test_a_region_that_is_added_while_the_worker_dies_is_given_to_the_successor_once(world):
+    start = serving(world)
+    memory = os.memfd_create("ram")
+    world.tell(vu.VHOST_USER_ADD_MEM_REG, bytes(8) + struct.pack("<QQQQ", SIZE, SIZE, 0x1000, 0), [memory], NEED_REPLY)
+    os.close(memory)
+    assert isinstance(world.asked(0), MemoryAdd)
+    world.workers[0].close()
+    world.add_worker(0)
+    assert world.answers(0) == MemoryClear(1)
+    assert world.answers(0) == MemoryAdd(2, 0, SIZE, UVA, 0)
+    assert world.answers(0) == MemoryAdd(3, SIZE, SIZE, 0x1000, 0)
+    assert world.answers(0) == replace(start, seq=4)
+    assert world.reply() == (vu.VHOST_USER_ADD_MEM_REG, bytes(8))
+
+
+def test_a_call_descriptor_that_is_replaced_while_the_worker_dies_reaches_the_successor_with_its_ring(world):
+    start = serving(world)
+    call = os.eventfd(0)
+    world.tell(vu.VHOST_USER_SET_VRING_CALL, struct.pack("<Q", 1), [call], NEED_REPLY)
+    os.close(call)
+    assert isinstance(world.asked(0), RingCall)
+    world.workers[0].close()
+    world.add_worker(0)
+    restored(world, start=replace(start, has_call=True))
+    assert world.reply()[0] == vu.VHOST_USER_SET_VRING_CALL
+
+
+def test_a_stopped_ring_is_not_given_to_a_successor(world):
+    serving(world)
+    world.tell(vu.VHOST_USER_GET_VRING_BASE, struct.pack("<II", 1, 0))
+    world.answers(0, 41)
+    world.reply()
+    world.workers[0].close()
+    world.add_worker(0)
+    assert world.answers(0) == MemoryClear(1)
+    assert world.answers(0) == MemoryAdd(2, 0, SIZE, UVA, 0)
+    assert world.asked(0, seconds=0.1) is None
+
+
+def test_a_ring_that_the_successor_refuses_is_broken_and_the_connection_lives(world):
+    serving(world)
+    world.workers[0].close()
+    world.add_worker(0)
+    world.answers(0)
+    world.answers(0)
+    again = world.asked(0)
+    world.workers[0].send(Refused(again.seq, b"used.idx jumped"))
+    world.tell(vu.VHOST_USER_GET_QUEUE_NUM)
+    assert world.reply() == (vu.VHOST_USER_GET_QUEUE_NUM, struct.pack("<Q", 4))
+    world.heard(seconds=0.2)
+    assert "queue 1 is stopped, the guest's driver broke it: used.idx jumped" in world.logs
+
+
+def test_a_ring_that_begins_anew_has_another_number(world):
+    first = serving(world)
+    world.tell(vu.VHOST_USER_SET_VRING_ENABLE, struct.pack("<II", 1, 0))
+    world.answers(0, 9)
+    world.tell(vu.VHOST_USER_SET_VRING_ENABLE, struct.pack("<II", 1, 1), [], NEED_REPLY)
+    second = world.answers(0)
+    assert second.start_number != first.start_number
+    world.reply()
 
 
 def test_the_end_of_the_supervisor_is_the_end(world):

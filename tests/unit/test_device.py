@@ -14,6 +14,7 @@ from vfsd.fds import OwnedFd
 from vfsd.log import Logger
 from vfsd.wire import vhost_user as vu
 from vfsd.worker.device import FEATURES, Device
+from vfsd.worker.memory_table import MemoryTable
 from vfsd.worker.worker_links import WorkerRefused
 
 NEED_REPLY = vu.VHOST_USER_NEED_REPLY_MASK
@@ -57,9 +58,9 @@ class FakeWorkers:
     def clear_memory(self):
         self._note("clear")
 
-    def start_ring(self, ring, memory, *, event_idx):
+    def start_ring(self, ring, *, event_idx):
         self._note("start", ring.index, ring.size, ring.base, event_idx)
-        assert ring.lies_in(memory)
+        assert ring.lies_in(self.memory)
 
     def stop_ring(self, queue_index):
         self._note("stop", queue_index)
@@ -87,7 +88,8 @@ class Frontend:
     def __init__(self, request_queues=2, tag=None):
         self.workers = FakeWorkers()
         self.log = Notes()
-        self.device = Device(self.workers, self.log, request_queues=request_queues, tag=tag)
+        self.workers.memory = MemoryTable()
+        self.device = Device(self.workers, self.log, self.workers.memory, request_queues=request_queues, tag=tag)
         self.given = []
 
     def fd(self):

@@ -230,7 +230,7 @@ def test_flush_asks_the_broker_only_where_the_file_system_wants_it(worker, file,
     nodeid, fh = file
     asked = []
     ask = worker.broker.ask
-    monkeypatch.setattr(worker.broker, "ask", lambda message, asker: asked.append(message) or ask(message, asker))
+    monkeypatch.setattr(worker.broker, "ask", lambda message, *how: asked.append(message) or ask(message, *how))
     worker.ok(abi.FUSE_FLUSH, abi.fuse_flush_in.pack(fh, 0), nodeid=nodeid)
     assert asked == []
     worker.fs.files.get(nodeid, fh).traits = wire.TRAIT_FLUSH
@@ -347,10 +347,10 @@ def asked(worker, monkeypatch):
     """The bits of every AfterWrite that is sent."""
     ask, bits = worker.broker.ask, []
 
-    def noting(message, asker):
+    def noting(message, *how):
         if isinstance(message, wire.AfterWrite):
             bits.append(message.set_id_bits)
-        ask(message, asker)
+        ask(message, *how)
 
     monkeypatch.setattr(worker.broker, "ask", noting)
     return bits

@@ -64,8 +64,8 @@ def asked(worker, monkeypatch):
     """What goes to the broker from now on."""
     messages = []
     ask, tell = worker.broker.ask, worker.broker.tell
-    monkeypatch.setattr(worker.broker, "ask", lambda message, asker: messages.append(message) or ask(message, asker))
-    monkeypatch.setattr(worker.broker, "tell", lambda message: messages.append(message) or tell(message))
+    monkeypatch.setattr(worker.broker, "ask", lambda message, *how: messages.append(message) or ask(message, *how))
+    monkeypatch.setattr(worker.broker, "tell", lambda message, *how: messages.append(message) or tell(message, *how))
     return messages
 
 

@@ -241,7 +241,7 @@ def test_attributes_are_asked_for_twice_and_then_known_here(worker, tmp_path, mo
     nodeid = worker.lookup(b"file")
     asked = []
     ask = worker.broker.ask
-    monkeypatch.setattr(worker.broker, "ask", lambda message, asker: asked.append(message) or ask(message, asker))
+    monkeypatch.setattr(worker.broker, "ask", lambda message, *how: asked.append(message) or ask(message, *how))
     replies = [getattr_(worker, nodeid) for _ in range(4)]
     assert len(asked) == 2
     assert len(set(replies)) == 1

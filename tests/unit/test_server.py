@@ -372,9 +372,10 @@ def test_a_session_leaves_nothing_to_the_next(bench, worker, tmp_path):
 def test_a_successor_of_the_same_index_outlives_its_predecessor(bench):
     """The old link ends after the new one has come: that must not take the new one out of the books."""
     first, old = bench.add(0), bench.add(1)
-    new = bench.add(1)
+    new = bench.add(1, greet=False)
     old.socket.close()
     bench.pump()
+    new.ask_ok(wire.Hello(wire.PROTOCOL_VERSION))
     first.send(wire.SessionStart(0))
     bench.pump()
     new.read()
@@ -415,3 +416,33 @@ def test_a_breach_that_the_supervisor_cannot_be_told_now_is_told_later(bench, wo
     bench.server.tick(0.0)
     bench.pump()
     assert [index for index, _text in bench.breaches] == [worker.index]
+
+
+def test_a_successor_is_heard_when_all_that_its_predecessor_sent_is_done(bench, tmp_path):
+    first = bench.add(0)
+    successor = bench.add(0, greet=False)
+    (hello,) = successor.send(wire.Hello(wire.PROTOCOL_VERSION))
+    first.send(wire.GetAttr(ROOT_NODEID))
+    bench.pump()
+    successor.read()
+    assert successor.replies == {}
+    first.send(wire.MkDir(ROOT_NODEID, b"one", 0o755, os.getuid(), os.getgid()))
+    first.send(wire.MkDir(ROOT_NODEID, b"two", 0o755, os.getuid(), os.getgid()))
+    first.socket.close()  # replies lie in it unread: the broker gets ECONNRESET before what was sent
+    bench.pump()
+    successor.read()
+    assert successor.replies.pop(hello).errno == 0
+    assert sorted(os.listdir(tmp_path)) == ["one", "two"]
+    successor.session = bench.share.session
+    assert successor.lookup(b"one")
+
+
+def test_a_successor_that_dies_before_it_was_heard_leaves_its_place_to_the_next(bench):
+    first = bench.add(0)
+    bench.add(0, greet=False).socket.close()
+    third = bench.add(0, greet=False)
+    (hello,) = third.send(wire.Hello(wire.PROTOCOL_VERSION))
+    first.socket.close()
+    bench.pump()
+    third.read()
+    assert third.replies.pop(hello).errno == 0

@@ -12,7 +12,9 @@ from dataclasses import replace
 
 import pytest
 
+import vfsd.heartbeat
 import vfsd.supervisor
+import vfsd.vigil
 from vfsd.children import Child
 from vfsd.cli import parse_options
 from vfsd.fds import OwnedFd
@@ -231,7 +233,7 @@ def test_the_last_line_names_the_child_that_was_killed_not_those_that_lost_it(st
 
 
 def test_a_death_by_seccomp_is_explained(stage):
-    stage.scripts["vfsd.worker"] = "say(Ready()); time.sleep(0.3); os.kill(os.getpid(), signal.SIGSYS)"
+    stage.scripts["vfsd.broker"] = "say(Ready()); time.sleep(0.3); os.kill(os.getpid(), signal.SIGSYS)"
     assert stage.run(act=lambda: None) == 1
     assert stage.last_line().endswith("was killed by SIGSYS: it made a system call that its seccomp filter does not allow")
 
@@ -249,6 +251,142 @@ def test_what_a_child_says_of_its_lock_down_counts_once(stage):
 
     assert stage.run(act=act) == 0
     assert found == [Report(role="worker 0", securebits=235, landlock=7, dumpable=False)]
+
+
+def mortal(folder, ends):
+    """A worker's script: it dies in these ways, one after another, each time after it has served; then it lives."""
+    return f"""
+number = len(os.listdir({str(folder)!r}))
+os.close(os.open({str(folder)!r} + "/%d" % number, os.O_CREAT | os.O_WRONLY))
+say(Ready())
+for end in {ends!r}[number : number + 1]:
+    hear_ends = os.read(config.control_fd, 1)
+    eval(end)
+log(f"worker of life {{number}} serves")
+idle()
+"""
+
+
+@pytest.fixture
+def lives(tmp_path):
+    folder = tmp_path / "lives"
+    folder.mkdir()
+    return folder
+
+
+# Control, by which each worker hears that it may die: the first one when a frontend has come.
+LETTING_GO = """
+say(Ready()); log(f'control: {hear()}'); worker = fd; hear(); os.write(worker.fileno(), b"x")
+while True:
+    log(f'control: {hear()}'); os.write(fd.fileno(), b"x")
+"""
+# The rest of a worker's life: it says when it has answered a few times.
+ANSWERING = """
+for count in range(1 << 30):
+    if isinstance(hear(), Ping):
+        say(Alive())
+    if count == 5:
+        log("answered often")
+"""
+KILL, TRAP, CRASH = "os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGSYS)", "os._exit(1)"
+
+
+def test_a_worker_that_dies_is_replaced_and_introduced_again(stage, lives):
+    stage.scripts["vfsd.worker"] = mortal(lives, [KILL, CRASH])
+    stage.scripts["vfsd.worker.control"] = LETTING_GO
+    stage.scripts["vfsd.broker"] = "say(Ready())\nwhile True:\n    log(f'broker: {hear()}')"
+
+    def act():
+        stage.connect()
+        stage.wait_for("worker of life 2 serves")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(act=act) == 0
+    log = stage.log()
+    assert log.count("another one takes its place") == 2
+    assert "was killed by SIGKILL; another one takes its place" in log
+    assert "ended with exit status 1; another one takes its place" in log
+    for who in ("control", "broker"):
+        assert log.count(f"{who}: AddWorker(index=0)") == 3
+
+
+def test_a_worker_that_dies_again_and_again_is_given_up_with_the_reason_last(stage, lives):
+    stage.scripts["vfsd.worker"] = mortal(lives, [KILL] * 9)
+    stage.scripts["vfsd.worker.control"] = LETTING_GO
+    assert stage.run(act=stage.connect) == 1
+    assert stage.last_line().endswith("was killed by SIGKILL; it is not replaced: it died 5 times without completing a request in between")
+    assert len(list(lives.iterdir())) == 5
+
+
+def test_a_worker_that_has_completed_requests_in_between_is_replaced_for_ever(stage, lives):
+    stage.scripts["vfsd.worker"] = mortal(lives, ["say(Completed()), " + KILL] * 7)
+    stage.scripts["vfsd.worker.control"] = LETTING_GO
+
+    def act():
+        stage.connect()
+        stage.wait_for("worker of life 7 serves")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(act=act) == 0
+
+
+def test_deaths_that_look_like_attacks_are_given_up_sooner(stage, lives):
+    stage.scripts["vfsd.worker"] = mortal(lives, ["say(Completed()), " + TRAP] * 9)
+    stage.scripts["vfsd.worker.control"] = LETTING_GO
+    assert stage.run(act=stage.connect) == 1
+    assert stage.last_line().endswith("does not allow; it is not replaced: 3 workers died so within a minute")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Workers are asked all the time."""
+    for module in (vfsd.vigil, vfsd.heartbeat):
+        monkeypatch.setattr(module, "ASK_SECONDS", 0.05)
+        monkeypatch.setattr(module, "LATE_SECONDS", 0.5)
+    monkeypatch.setattr(vfsd.vigil, "TICK_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_worker_that_hangs_is_killed_and_replaced(stage, lives):
+    stage.scripts["vfsd.worker"] = mortal(lives, ["time.sleep(60)"]).replace("idle()", ANSWERING)
+    stage.scripts["vfsd.worker.control"] = LETTING_GO
+
+    def act():
+        stage.connect()
+        stage.wait_for("answered often")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(act=act) == 0
+    log = stage.log()
+    assert log.count("has not answered for 0 s and is killed") == 1  # "0": the test's half second
+    assert log.count("was killed by SIGKILL; another one takes its place") == 1
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_successor_that_never_gets_ready_is_killed_and_replaced(stage, lives, monkeypatch):
+    stage.scripts["vfsd.worker"] = (
+        mortal(lives, [KILL]).replace("say(Ready())", "time.sleep(60) if number == 1 else say(Ready())").replace("idle()", ANSWERING)
+    )
+    stage.scripts["vfsd.worker.control"] = LETTING_GO
+
+    def act():
+        monkeypatch.setattr(vfsd.supervisor, "START_SECONDS", 1.5)
+        stage.connect()
+        stage.wait_for("answered often")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(act=act) == 0
+    log = stage.log()
+    assert "is not ready after 2 s and is killed" in log
+    assert "was killed by SIGKILL before it was ready; another one takes its place" in log
+
+
+def test_a_worker_that_ends_because_the_broker_did_is_not_replaced(stage):
+    stage.scripts["vfsd.broker"] = "say(Ready()); hear(); time.sleep(0.2); fd.close(); time.sleep(0.02); os._exit(1)"
+    stage.scripts["vfsd.worker"] = "say(Ready()); os.read(config.broker_fd, 1); os._exit(0)"
+    assert stage.run(act=lambda: None) == 1
+    assert "broker (pid " in stage.last_line()
+    assert "takes its place" not in stage.log()
 
 
 def test_a_child_that_breaks_the_channels_protocol_ends_everything(stage):

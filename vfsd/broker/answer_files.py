@@ -15,6 +15,7 @@ from vfsd.broker.credentials import caller_of
 from vfsd.broker.inode_store import Pin
 from vfsd.broker.new_files import NewFile
 from vfsd.broker.open_files import OpenFile
+from vfsd.broker.reply_slots import Stored
 from vfsd.broker.share import Entry, Share
 from vfsd.broker.xattrs import Label, drop_remapped_capability, label_of
 from vfsd.errors import ReplyErrno
@@ -198,6 +199,11 @@ def answer_fetch(share: Share, call: Call, message: Fetch) -> Answer:
         else:
             copy = share.own_open(opened.duplicate().detach(), opened.traits, opened.mount_key)
         return Answer([opened.traits, opened.mount_key], copy, Granted.FILE, opened.fh)
+
+
+def answer_again(share: Share, call: Call, stored: Stored) -> Answer:
+    """What was answered before, to a worker that is no more: an open file, by another copy."""
+    return answer_fetch(share, call, Fetch(stored.nodeid, stored.fh))._replace(fields=stored.fields)
 
 
 def answer_release(share: Share, call: Call, message: Release) -> None:

@@ -23,7 +23,7 @@ _EXECUTE, _WRITE, _READ = 1, 2, 4
 
 
 def answer_forget(share: Share, call: Call, message: Forget) -> None:
-    share.store.forget(message.pairs, call.session)
+    share.store.forget(share.reply_slots.not_yet_forgotten(call.worker, message), call.session)
 
 
 def answer_getattr(share: Share, call: Call, message: GetAttr) -> Answer:

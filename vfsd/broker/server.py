@@ -19,6 +19,7 @@ from fcntl import F_UNLCK
 from vfsd.broker.answers import Answer, Call, Granted, WouldWait
 from vfsd.broker.lock_waits import LockWaits
 from vfsd.broker.locks_in_use import LocksInUse
+from vfsd.broker.once import Once
 from vfsd.broker.portions import take_portion
 from vfsd.broker.requests import HANDLERS
 from vfsd.broker.session_change import SessionChange
@@ -47,6 +48,7 @@ class Server:
         self._ready: deque[tuple[int, int]] = deque()
         self._unfinished: deque[int] = deque()  # descriptors of links with the rest of a packet to be done
         self._interest: dict[int, int] = {}
+        self._successors: dict[int, WorkerLink] = {}  # of workers that died, whose last packets are not read yet
         self._links_lock = threading.Lock()
         self._unreported: deque[tuple[int, str]] = deque()
         self._condemned: deque[tuple[WorkerLink, str]] = deque()
@@ -58,6 +60,7 @@ class Server:
         self._strays: list[tuple[WorkerLink, Outcome]] = []  # of lock requests that were tried again: of any worker
         self._changes = SessionChange()
         self._lock_waits = LockWaits(self._wake)
+        self._once = Once(self._attempt, lambda link, outcomes: self._post(link, outcomes, []))
         self._locks_in_use = LocksInUse()
         self.generation = 0  # counts sessions and links that ended
 
@@ -75,13 +78,23 @@ class Server:
     # --- links -------------------------------------------------------------------------------------------------------
 
     def add_worker(self, index: int, fd: OwnedFd) -> None:
-        """Serve another worker."""
+        """Serve another worker; in place of one that died only when all that one had sent is done."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd.detach())
         link = WorkerLink(index, sock, self.share.lock, self._still_granted)
         with self._links_lock:
-            self._links[link.fileno()] = link
-            self._by_index[index] = link
-            self._interest[link.fileno()] = select.EPOLLIN
+            if index not in self._by_index:
+                self._listen_to(link)
+                return
+            superseded = self._successors.pop(index, None)
+            self._successors[index] = link
+        if superseded is not None:  # it died as well, before it could say a word
+            superseded.close()
+
+    def _listen_to(self, link: WorkerLink) -> None:
+        """Under the lock of links."""
+        self._links[link.fileno()] = link
+        self._by_index[link.index] = link
+        self._interest[link.fileno()] = select.EPOLLIN
         self._epoll.register(link.fileno(), select.EPOLLIN)
 
     def _remove(self, link: WorkerLink) -> None:
@@ -97,6 +110,9 @@ class Server:
             self._epoll.unregister(fd)
             link.close()
             link.rest = deque()
+            successor = self._successors.pop(link.index, None)
+            if successor is not None:
+                self._listen_to(successor)
         self.generation += 1
         self._settle_change(self._changes.gone(link))
         self._locks_in_use.gone(link)
@@ -256,7 +272,7 @@ class Server:
             return None
         link.greeted = True
         link.expect(len(requests))
-        return deque(Task(link, session, spec, request_id, message) for spec, request_id, message in requests)
+        return deque(Task(link, session, *asked) for asked in requests)
 
     def place_of(self, task: Task) -> Place:
         """What needs no answer waits for no file system either: closing is the closer's."""
@@ -304,8 +320,13 @@ class Server:
 
     def _serve(self, task: Task) -> Outcome | None:
         """Run one request; None if no answer is owed, or not yet."""
+        if task.slot is not None and task.session == self.share.session:
+            return self._once.serve(self.share, task, task.slot, self._answer)
+        return self._attempt(task, self._answer_lock if task.spec.message is wire.SetLock else self._answer)
+
+    def _attempt(self, task: Task, answer_task: Callable[[Task], Answer | None]) -> Outcome | None:
         try:
-            answer = self._answer_lock(task) if task.spec.message is wire.SetLock else self._answer(task)
+            answer = answer_task(task)
         except Exception as error:  # noqa: BLE001  # the dispatch boundary: sorted out by _errno_of
             number = self._errno_of(task, error)
             drop_traceback(error)

@@ -22,6 +22,7 @@ from vfsd.broker.locks import Locks
 from vfsd.broker.mount_fds import MountFds
 from vfsd.broker.open_files import OpenFile, OpenFiles
 from vfsd.broker.path_fds import PathFd, PathFds
+from vfsd.broker.reply_slots import ReplySlots
 from vfsd.broker.traits import Traits
 from vfsd.broker.whereabouts import Whereabouts
 from vfsd.broker.xattr_map import parse as parse_xattr_map
@@ -113,6 +114,7 @@ class Share:
         self.locks = Locks()
         self.donations = NodeDonations()
         self.traits = Traits()
+        self.reply_slots = ReplySlots()
         self.closer = closer
         self.whereabouts = whereabouts
         self.queued_copies: Callable[[], int] = lambda: 0  # descriptors on their way to workers
@@ -331,6 +333,7 @@ class Share:
         self.locks.begin_session(session)
         self.store.begin_session(session)
         self.donations.clear()  # the notice of the new session says it all
+        self.reply_slots.begin_session()
         self.paths.drop_all()
         while self.store.wiped_tables > _MOST_WIPED_TABLES:
             self.reap()

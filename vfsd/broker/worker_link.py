@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import count
 from typing import Any, NamedTuple
 
 from vfsd.broker.answers import Answer, Granted
@@ -29,6 +30,9 @@ UNREAD_SECONDS = 10.0
 # Too many descriptors wait in its socket; the kernel has no memory.
 _NOT_NOW = (errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM)
 _FULL_PACKET = wire.MAX_PACKET_BYTES - 32 * 1024  # the largest single reply (200 entries) still fits behind it
+
+
+_serials = count(1)
 
 
 class Outcome(NamedTuple):
@@ -47,6 +51,7 @@ class Task(NamedTuple):
     spec: wire.Spec
     request_id: int
     message: Any
+    slot: wire.Slot | None = None
 
 
 class _Packet(NamedTuple):
@@ -59,6 +64,7 @@ class WorkerLink:
 
     def __init__(self, index: int, sock: socket.socket, share_lock: threading.Lock, still_granted: Callable[[int, Outcome], bool]) -> None:
         self.index = index
+        self.serial = next(_serials)  # no other link's, also of the same index
         self.closed = False
         self.greeted = False
         self.consumed = 0

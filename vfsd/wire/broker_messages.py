@@ -6,9 +6,12 @@ everything else, which costs the worker its life. Replies come from the broker, 
 
 **Shape.** SOCK_SEQPACKET, one msgpack array per packet.
   request packet  [session, [[tag, request_id, field…], …]]           worker → broker, never with descriptors
+                  a request that is to be done once has [request_id, place, number] in place of its request_id
   reply packet    [consumed, [[request_id, errno, donated, [field…]], …], [[tag, field…], …]]   broker → worker
 `consumed` is how many request packets the broker has taken so far: it is what a worker's window of outstanding packets is
 counted by. The last list holds notices. Descriptors come by SCM_RIGHTS in the order of the replies that donate them.
+Place (queue << 16 | head) and number (of that use of the head) say for which request of the guest's a worker asks: a worker that
+replaces another one asks by the same ones again, and gets the answer that the other one got, or would have got.
 
 An inode is named by nodeid and at most one name component, an open file by nodeid and fh. File handles never travel.
 Imports nothing but errors and attr; does no I/O.
@@ -147,9 +150,14 @@ class LookupMany(NamedTuple):
 
 
 class Forget(NamedTuple):
-    """nodeid, count, nodeid, count, …"""
+    """nodeid, count, nodeid, count, …
+
+    `requests`: whose pairs they are, in the same order, each by place, number, which of all its pairs is the first one here, and
+    how many are here. What was forgotten for a request is not forgotten for it again.
+    """
 
     pairs: list[int]
+    requests: Sequence[int] = ()
 
 
 class GetAttr(NamedTuple):
@@ -482,7 +490,7 @@ REQUESTS = (
     Spec(4, SessionAck, (U64,), None, 0, in_session=False, resembles="–"),
     Spec(10, Lookup, (U64, NAME), _ENTRY, 0, in_session=True, resembles="openat(O_PATH|O_NOFOLLOW), statx, name_to_handle_at"),
     Spec(11, LookupMany, (U64, ListOf(NAME, 1, MAX_NAMES_PER_LOOKUP)), (), 0, in_session=True, resembles="as Lookup, for each name"),
-    Spec(12, Forget, (ListOf(U64, 2, 2 * MAX_FORGETS, 2),), None, 0, in_session=True, resembles="close"),
+    Spec(12, Forget, (ListOf(U64, 2, 2 * MAX_FORGETS, 2), ListOf(U64, 0, 4 * MAX_FORGETS, 4)), None, 0, in_session=True, resembles="close"),
     Spec(13, GetAttr, (U64,), (ATTR_RECORD,), 1, in_session=True, resembles="statx"),
     Spec(
         14, SetAttr, (U64, U64, Uint(SET_ALL), OFFSET, Int64(), Int64(), NSEC, NSEC, MODE, U32, U32, BOOL), (ATTR_RECORD,), 0,
@@ -527,6 +535,13 @@ REQUESTS = (
     Spec(45, LocksAck, (U64,), None, 0, in_session=False, resembles="–"),
 )  # fmt: skip
 
+# What must not be done twice, because it changes what the next one finds, or counts. Only these may have a slot. (Forget has its
+# own; locks may be asked for again, by the same owner; Release finds nothing the second time.)
+ONCE = frozenset({
+    Lookup, LookupMany, SetAttr, SymLink, MkNod, MkDir, Unlink, RmDir, Rename, Link, Open, OpenDir, Create, TmpFile, FSync, Flush,
+    FAllocate, SetXattr, RemoveXattr, Ioctl,
+})  # fmt: skip
+
 NOTICES: dict[int, type[Any]] = {1: SessionNotice, 2: DropFile, 3: DropNode, 4: LocksNotice}
 
 # Session flags: the low byte is the broker's business, the others are the workers' own and opaque to it.
@@ -544,6 +559,25 @@ _BY_TAG = {spec.tag: spec for spec in REQUESTS}
 _TAG_OF = {spec.message: spec.tag for spec in REQUESTS}
 _NOTICE_TAG_OF = {message: tag for tag, message in NOTICES.items()}
 SPEC_OF: dict[type[Any], Spec] = {spec.message: spec for spec in REQUESTS}
+
+
+class Slot(NamedTuple):
+    """One request of the guest's: where it stands, and the number that tells one use of that head from the next."""
+
+    place: int
+    number: int
+
+
+_PLACES = 1 << 24
+
+
+def place_of(queue: int, head: int) -> int:
+    """A head of a queue as a number."""
+    return queue << 16 | head
+
+
+# One request of a packet: its row of the table, its id, the message, its slot. A plain tuple: one is made for every request.
+Asked = tuple[Spec, int, Any, Slot | None]
 
 
 class Reply(NamedTuple):
@@ -565,9 +599,9 @@ def _refuse_ext(code: int, _data: bytes) -> object:
     raise WorkerBreach(f"msgpack extension type {code}")
 
 
-def encode_request(request_id: int, message: Request) -> bytes:
+def encode_request(request_id: int, message: Request, slot: Slot | None = None) -> bytes:
     """One request as msgpack, to be gathered into a packet by `join_requests`."""
-    return cast("bytes", msgpack.packb([_TAG_OF[type(message)], request_id, *message]))
+    return cast("bytes", msgpack.packb([_TAG_OF[type(message)], request_id if slot is None else [request_id, *slot], *message]))
 
 
 def join_requests(session: int, encoded: list[bytes]) -> bytes:
@@ -576,15 +610,15 @@ def join_requests(session: int, encoded: list[bytes]) -> bytes:
     return b"".join((packer.pack_array_header(2), packer.pack(session), packer.pack_array_header(len(encoded)), *encoded))
 
 
-def decode_requests(packet: bytes) -> tuple[int, list[tuple[Spec, int, Any]]]:
-    """(session, [(row of the table, request id, message)]) of one request packet.
+def decode_requests(packet: bytes) -> tuple[int, list[Asked]]:
+    """(session, requests) of one request packet.
 
     Raises WorkerBreach for anything the table does not allow; nothing else.
     """
     try:
         top = msgpack.unpackb(
             packet, raw=False, strict_map_key=True, ext_hook=_refuse_ext,
-            max_str_len=0, max_map_len=0, max_ext_len=0, max_bin_len=MAX_XATTR_BYTES, max_array_len=2 * MAX_FORGETS,
+            max_str_len=0, max_map_len=0, max_ext_len=0, max_bin_len=MAX_XATTR_BYTES, max_array_len=4 * MAX_FORGETS,
         )  # fmt: skip
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise WorkerBreach(f"not a msgpack packet within bounds: {type(error).__name__}") from None
@@ -595,21 +629,35 @@ def decode_requests(packet: bytes) -> tuple[int, list[tuple[Spec, int, Any]]]:
     return top[0], [_decode_request(row) for row in top[1]]
 
 
-def _decode_request(row: object) -> tuple[Spec, int, Any]:
+def _decode_request(row: object) -> Asked:
     if type(row) is not list or len(row) < 2 or type(row[0]) is not int:
         raise WorkerBreach("a request is [tag, request id, field, …]")
     spec = _BY_TAG.get(row[0])
     if spec is None:
         raise WorkerBreach(f"unknown tag {row[0]}")
     name = spec.message.__name__
-    if not U64.accepts(row[1]):
+    slot = None
+    request_id: Any = row[1]
+    if type(request_id) is list:
+        request_id, slot = _decode_slot(spec, request_id)
+    if not U64.accepts(request_id):
         raise WorkerBreach(f"{name}: bad request id")
     if len(row) - 2 != len(spec.fields):
         raise WorkerBreach(f"{name}: {len(row) - 2} fields for {len(spec.fields)}")
     for position, field in enumerate(spec.fields):
         if not field.accepts(row[position + 2]):
             raise WorkerBreach(f"{name}: field {spec.message._fields[position]} is not {field}")
-    return spec, row[1], spec.message._make(row[2:])
+    return spec, request_id, spec.message._make(row[2:]), slot
+
+
+def _decode_slot(spec: Spec, values: list[object]) -> tuple[object, Slot]:
+    if spec.message not in ONCE:
+        raise WorkerBreach(f"{spec.message.__name__}: has no slot")
+    if len(values) == 3:
+        request_id, place, number = values
+        if type(place) is int and type(number) is int and 0 <= place < _PLACES and 0 <= number <= _U64:
+            return request_id, Slot(place, number)
+    raise WorkerBreach(f"{spec.message.__name__}: bad slot")
 
 
 def encode_reply(reply: Reply) -> bytes:

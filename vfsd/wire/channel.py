@@ -67,8 +67,13 @@ class Stop(ChannelMessage):
 
 
 @dataclass(frozen=True, slots=True)
+class Ping(ChannelMessage):
+    """To a worker: say Alive."""
+
+
+@dataclass(frozen=True, slots=True)
 class AddWorker(ChannelMessage):
-    """Worker `index` has been started; the descriptor is this child's end of the socket to it."""
+    """Worker `index` has been started, perhaps in place of one that died; the descriptor is this child's end of the socket to it."""
 
     index: int
 
@@ -99,6 +104,16 @@ class Ready(ChannelMessage):
     securebits: int = 0
     landlock: int = 0  # the version of its interface, 0: none
     dumpable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Alive(ChannelMessage):
+    """From a worker: the answer to Ping."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completed(ChannelMessage):
+    """From a worker, once: it has completed a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +187,10 @@ class MemoryRemove(ChannelMessage):
 
 @dataclass(frozen=True, slots=True)
 class RingStart(ChannelMessage):
-    """Serve this ring from `last_avail` on. Descriptors: kick, call, err, in this order, those that are there."""
+    """Serve this ring from `last_avail` on; or, if its in-flight table tells of this very start, from where a dead worker was.
+
+    Descriptors: the in-flight table, then kick, call, err, in this order, those that are there.
+    """
 
     seq: int
     queue_index: int
@@ -185,9 +203,10 @@ class RingStart(ChannelMessage):
     has_kick: bool
     has_call: bool
     has_err: bool
+    start_number: int
 
     def fd_count(self) -> int:
-        return self.has_kick + self.has_call + self.has_err
+        return 1 + self.has_kick + self.has_call + self.has_err
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +285,7 @@ _TO_CHILD = (
     Row(2, AddWorker, (_WORKER,), max_fds=1),
     Row(3, Connection, (), max_fds=1),
     Row(4, AreYouWell),
+    Row(5, Ping),
 )
 _FROM_ANY_CHILD = (
     Row(16, Ready, (Uint(_U32), Uint(_U16), _FLAG)),
@@ -280,6 +300,10 @@ _FROM_BROKER = (
     Row(21, Breach, (_WORKER, _TEXT)),
     Row(22, IAmWell),
 )
+_FROM_WORKER_UP = (
+    Row(23, Completed),
+    Row(24, Alive),
+)
 _TO_WORKER = (
     Row(32, MemoryClear, (_SEQ,)),
     Row(33, MemoryAdd, (_SEQ, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS), max_fds=1),
@@ -287,8 +311,8 @@ _TO_WORKER = (
     Row(
         35,
         RingStart,
-        (_SEQ, _QUEUE, Uint(MAX_QUEUE_SIZE), Uint(_U16), _ADDRESS, _ADDRESS, _ADDRESS, _FLAG, _FLAG, _FLAG, _FLAG),
-        max_fds=3,
+        (_SEQ, _QUEUE, Uint(MAX_QUEUE_SIZE), Uint(_U16), _ADDRESS, _ADDRESS, _ADDRESS, _FLAG, _FLAG, _FLAG, _FLAG, Uint(_U32)),
+        max_fds=4,
     ),
     Row(36, RingKick, (_SEQ, _QUEUE, _FLAG), max_fds=1),
     Row(37, RingCall, (_SEQ, _QUEUE, _FLAG), max_fds=1),
@@ -312,11 +336,13 @@ def _table(*rows: Row) -> Table:
 SUPERVISOR_TO_CHILD: Table = _table(*_TO_CHILD)
 BROKER_TO_SUPERVISOR: Table = _table(*_FROM_ANY_CHILD, *_FROM_BROKER)
 CONTROL_TO_SUPERVISOR: Table = _table(*_FROM_ANY_CHILD, *_FROM_CONTROL)
-WORKER_TO_SUPERVISOR: Table = _table(*_FROM_ANY_CHILD)
+WORKER_TO_SUPERVISOR: Table = _table(*_FROM_ANY_CHILD, *_FROM_WORKER_UP)
 CONTROL_TO_WORKER: Table = _table(*_TO_WORKER)
 WORKER_TO_CONTROL: Table = _table(*_FROM_WORKER)
 
-_ROW_OF = {row.message: row for row in (*_TO_CHILD, *_FROM_ANY_CHILD, *_FROM_CONTROL, *_FROM_BROKER, *_TO_WORKER, *_FROM_WORKER)}
+_ROW_OF = {
+    row.message: row for row in (*_TO_CHILD, *_FROM_ANY_CHILD, *_FROM_CONTROL, *_FROM_WORKER_UP, *_FROM_BROKER, *_TO_WORKER, *_FROM_WORKER)
+}
 
 
 def max_fds(table: Table) -> int:

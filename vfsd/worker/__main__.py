@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import sys
 
 from vfsd.channel import Channel
@@ -28,15 +29,26 @@ _MOST_FILES = 8192
 
 
 class _Greeting:
-    """The answer to Hello: the session that is under way."""
+    """The answer to Hello: the session that is under way. To be made before the lock-down, which leaves no call that makes an epoll."""
 
     def __init__(self, fs: FileSystem) -> None:
         self._fs = fs
+        self._heard = False
+        self._epoll = select.epoll()
+        self._epoll.register(fs.broker.fileno(), select.EPOLLIN)
+
+    def wait(self) -> None:
+        """A worker that replaces another one is not answered before the broker is done with that one. Until then it must not serve."""
+        with self._epoll:
+            while not self._heard:
+                self._epoll.poll()
+                self._fs.broker.receive()
 
     def answered(self, error: int, fields: list[int], _donated: object) -> None:
         if error:
             raise RuntimeError(f"the broker refuses this worker: {os.strerror(error)}")
         self._fs.begin_session(wire.SessionNotice(*fields))
+        self._heard = True
 
 
 def main() -> None:
@@ -54,12 +66,14 @@ def _serve(config: WorkerConfig, channel: Channel, log: ChildLog) -> None:
     ids = make_id_maps(config.translate_uid, config.translate_gid)
     fs = FileSystem(broker, CACHE_POLICIES[config.cache], log, pool, most_files, config.features, ids)
     loop = EventLoop(channel, control, broker, fs, pool, log)
+    greeting = _Greeting(fs)
     settle_allocator()
     done = lock_down(config.confinement, start_threads=pool.start)
-    broker.ask(wire.Hello(wire.PROTOCOL_VERSION), _Greeting(fs))
-    broker.flush()
-    channel.send(Ready(done.securebits, done.landlock, done.dumpable))
+    broker.ask(wire.Hello(wire.PROTOCOL_VERSION), greeting)
     try:
+        broker.flush()
+        greeting.wait()
+        channel.send(Ready(done.securebits, done.landlock, done.dumpable))
         loop.run()
     except BrokerGone:
         log.debug("the broker is gone")  # the supervisor knows why, and ends us all

@@ -10,7 +10,7 @@ import array
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from vfsd.fds import OwnedFd, TempFd
 from vfsd.wire import broker_messages as wire
@@ -24,10 +24,17 @@ class BrokerGone(Exception):
 
 
 class Asker(Protocol):
-    """Who waits for an answer."""
+    """Who waits for an answer, or until something is sent that has none."""
 
     def answered(self, error: int, fields: list[Any], donated: TempFd | None) -> None:
         """Called once. A donated descriptor is taken over."""
+
+
+class _Packet(NamedTuple):
+    """`tellers` wait for nothing but that it is sent."""
+
+    data: bytes
+    tellers: list[Asker]
 
 
 class BrokerClient:
@@ -40,9 +47,11 @@ class BrokerClient:
         self._buffer = bytearray(wire.MAX_PACKET_BYTES)
         self._next_id = 0
         self._asked: dict[int, Asker] = {}
-        self._gathered: list[bytes] = []
+        self._gathered: list[tuple[bytes, list[Asker]]] = []
         self._forgets: list[int] = []
-        self._packets: deque[bytes] = deque()
+        self._forgetting: list[int] = []  # for which requests, as Forget has it
+        self._forgetters: list[Asker] = []
+        self._packets: deque[_Packet] = deque()
         self._sent = 0
         self._consumed = 0
         self.blocked = False  # the socket took no more: wait for it to be writable
@@ -54,26 +63,33 @@ class BrokerClient:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def ask(self, message: wire.Request, asker: Asker) -> int:
-        """Send a question with the next packet; its request id."""
+    def ask(self, message: wire.Request, asker: Asker, slot: wire.Slot | None = None) -> int:
+        """Send a question with the next packet; its request id. With a slot it is done once, whoever asks it again."""
         self._next_id += 1
         self._asked[self._next_id] = asker
-        self._gathered.append(wire.encode_request(self._next_id, message))
+        self._gathered.append((wire.encode_request(self._next_id, message, slot), []))
         return self._next_id
 
-    def tell(self, message: wire.Request) -> None:
-        """Send a message that has no answer."""
-        self._gathered.append(wire.encode_request(0, message))
+    def tell(self, message: wire.Request, *tellers: Asker) -> None:
+        """Send a message that has no answer. The tellers hear (with no error and no fields) when it is out of our hands."""
+        self._gathered.append((wire.encode_request(0, message), list(tellers)))
 
-    def forget(self, nodeid: int, count: int) -> None:
-        """Take back lookups; gathered into one message."""
-        self._forgets += (nodeid, count)
-        if len(self._forgets) >= 2 * wire.MAX_FORGETS:
-            self._gather_forgets()
+    def forget(self, pairs: list[int], slot: wire.Slot, teller: Asker) -> None:
+        """Take back lookups (nodeid, count, …); those of many requests are gathered into one message. Tells as `tell`."""
+        done, total = 0, len(pairs) // 2
+        while done < total:
+            some = min(total - done, wire.MAX_FORGETS - len(self._forgets) // 2)
+            self._forgets += pairs[2 * done : 2 * (done + some)]
+            self._forgetting += (*slot, done, some)
+            done += some
+            if done == total:
+                self._forgetters.append(teller)
+            if len(self._forgets) >= 2 * wire.MAX_FORGETS:
+                self._gather_forgets()
 
     def _gather_forgets(self) -> None:
-        forgets, self._forgets = self._forgets, []
-        self.tell(wire.Forget(forgets))
+        self.tell(wire.Forget(self._forgets, self._forgetting), *self._forgetters)
+        self._forgets, self._forgetting, self._forgetters = [], [], []
 
     def begin_session(self, session: int) -> None:
         """What was gathered belongs to the session before."""
@@ -85,15 +101,17 @@ class BrokerClient:
         if self._forgets:
             self._gather_forgets()
         batch: list[bytes] = []
+        tellers: list[Asker] = []
         size = 0
-        for encoded in self._gathered:
+        for encoded, waiting in self._gathered:
             if len(batch) == wire.MAX_REQUESTS_PER_PACKET or size + len(encoded) > _PACKET_ROOM:
-                self._packets.append(wire.join_requests(self.session, batch))
-                batch, size = [], 0
+                self._packets.append(_Packet(wire.join_requests(self.session, batch), tellers))
+                batch, tellers, size = [], [], 0
             batch.append(encoded)
+            tellers += waiting
             size += len(encoded)
         if batch:
-            self._packets.append(wire.join_requests(self.session, batch))
+            self._packets.append(_Packet(wire.join_requests(self.session, batch), tellers))
         self._gathered = []
 
     def flush(self) -> None:
@@ -103,14 +121,15 @@ class BrokerClient:
         self.blocked = False
         while self._packets and self._sent - self._consumed < wire.MAX_OUTSTANDING_PACKETS:
             try:
-                self._socket.send(self._packets[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self._socket.send(self._packets[0].data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 self.blocked = True
                 return
             except (BrokenPipeError, ConnectionResetError) as error:
                 raise BrokerGone from error
-            self._packets.popleft()
             self._sent += 1
+            for teller in self._packets.popleft().tellers:
+                teller.answered(0, [], None)
 
     def receive(self) -> None:
         """Take one packet, if one has come: answers go to their askers, notices to the listener."""

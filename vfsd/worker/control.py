@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import select
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from vfsd.channel import Channel
 from vfsd.config import ControlConfig, read_config
@@ -21,6 +22,7 @@ from vfsd.sandbox.lockdown import lock_down
 from vfsd.sandbox.memory import settle_allocator
 from vfsd.sandbox.namespaces import enter_empty_root
 from vfsd.wire.channel import (
+    ChannelMessage,
     FrontendGone,
     MemoryAdd,
     MemoryClear,
@@ -36,11 +38,10 @@ from vfsd.wire.channel import (
 from vfsd.wire.vhost_user import MemoryRegion
 from vfsd.worker.device import Device
 from vfsd.worker.frontend_stream import FrontendClosed, FrontendStream
+from vfsd.worker.inflight_memory import InflightMemory
 from vfsd.worker.memory_table import MemoryTable
 from vfsd.worker.vrings import Vring
 from vfsd.worker.worker_links import StopAsked, WorkerFailed, WorkerLink, WorkerLinks, WorkerLost, WorkerRefused
-
-LOST_WORKER_SECONDS = 1.0  # how long the supervisor may take to see that a worker died, before we end the device ourselves
 
 
 def worker_of(queue_index: int) -> int:
@@ -48,43 +49,82 @@ def worker_of(queue_index: int) -> int:
     return max(0, queue_index - 1)
 
 
-class Workers:
-    """The device's WorkerPort over the sockets to the workers."""
+class _Served(NamedTuple):
+    """A ring that a worker has, and must be given again if that worker dies."""
 
-    def __init__(self, links: WorkerLinks) -> None:
+    ring: Vring
+    event_idx: bool
+
+
+class Workers:
+    """The device's WorkerPort over the sockets to the workers.
+
+    A worker that dies while it is asked is waited for: its successor gets the memory regions and rings that stand in the tables
+    here. What was asked is then either part of that, or asked again.
+    """
+
+    def __init__(self, links: WorkerLinks, inflight: InflightMemory, memory: MemoryTable) -> None:
         self._links = links
+        self._inflight = inflight
+        self._memory = memory
+        self._informed: set[int] = {0}  # workers that know the memory; worker 0 always: its refusal is the answer to the frontend
+        self._served: dict[int, _Served] = {}  # by queue
 
     def need_for(self, queue_index: int) -> None:
         self._links.need(worker_of(queue_index))
 
     def add_memory(self, region: MemoryRegion, fd: OwnedFd) -> None:
-        informed: list[WorkerLink] = []
+        added: list[int] = []
         try:
-            for link in self._informed():
-                self._add(link, region, fd)
-                informed.append(link)
+            for index in sorted(self._informed):
+                self._ask(index, lambda seq: MemoryAdd(seq, *region), [fd])  # a successor gets it with the table
+                added.append(index)
         except WorkerRefused:
-            for link in informed:  # all of them have it, or none
-                self._remove(link, region)
+            for index in added:  # all of them have it, or none
+                self._remove(index, region)
             raise
 
     def remove_memory(self, region: MemoryRegion) -> None:
-        for link in self._informed():
-            self._remove(link, region)
+        for index in sorted(self._informed):
+            self._remove(index, region)
+
+    def _remove(self, index: int, region: MemoryRegion) -> None:
+        while self._ask(index, lambda seq: MemoryRemove(seq, region.gpa, region.size, region.uva)) is None:
+            if not any(slot.region == region for slot in self._memory):
+                return  # so the successor was not given it
 
     def clear_memory(self) -> None:
-        for link in self._informed():
-            self._links.ask(link, MemoryClear)
+        for index in sorted(self._informed):
+            self._ask(index, MemoryClear)
 
-    def start_ring(self, ring: Vring, memory: MemoryTable, *, event_idx: bool) -> None:
-        link = self._link(ring.index)
-        if not link.knows_memory:
-            self._inform(link, memory)
-        fds = [fd for fd in (ring.kick, ring.call, ring.err) if fd is not None]
-        self._links.ask(link, partial(_ring_start, ring, event_idx), fds)
+    def start_ring(self, ring: Vring, *, event_idx: bool) -> None:
+        index = worker_of(ring.index)
+        ring.start_number = self._inflight.next_start()
+        started = _Served(ring, event_idx)
+        try:
+            link = self._links.get(index)
+            if index in self._links.arrived:
+                self.restore(index)
+                link = self._links.get(index)
+            if index not in self._informed:
+                self._inform(link)
+                self._informed.add(index)
+            self._start(link, started)
+        except WorkerLost:
+            self._informed.add(index)
+            self._served[ring.index] = started
+            self.restore(index)
+        else:
+            self._served[ring.index] = started
 
     def stop_ring(self, queue_index: int) -> int:
-        return self._links.ask(self._link(queue_index), lambda seq: RingStop(seq, queue_index))
+        try:
+            while True:
+                last_avail = self._ask(worker_of(queue_index), lambda seq: RingStop(seq, queue_index))
+                if last_avail is not None:
+                    return last_avail
+        finally:
+            self._served.pop(queue_index, None)
 
     def replace_kick(self, queue_index: int, fd: OwnedFd | None) -> None:
         self._replace(RingKick, queue_index, fd)
@@ -96,30 +136,58 @@ class Workers:
         self._replace(RingErr, queue_index, fd)
 
     def _replace(self, kind: type[RingKick | RingCall | RingErr], queue_index: int, fd: OwnedFd | None) -> None:
+        """The ring has it already, and with that a successor."""
         present = [fd] if fd is not None else []
-        self._links.ask(self._link(queue_index), lambda seq: kind(seq, queue_index, bool(present)), present)
+        self._ask(worker_of(queue_index), lambda seq: kind(seq, queue_index, bool(present)), present)
 
-    def _add(self, link: WorkerLink, region: MemoryRegion, fd: OwnedFd) -> None:
-        self._links.ask(link, lambda seq: MemoryAdd(seq, *region), [fd])
+    def _ask(self, index: int, make: Callable[[int], ChannelMessage], fds: Sequence[OwnedFd] = ()) -> int | None:
+        """The answer's number; None if the worker died, before or meanwhile: then its successor has what stands in the tables now."""
+        link = self._links.get(index)
+        if index not in self._links.arrived:
+            try:
+                return self._links.ask(link, make, fds)
+            except WorkerLost:
+                pass
+        self.restore(index)
+        return None
 
-    def _remove(self, link: WorkerLink, region: MemoryRegion) -> None:
-        self._links.ask(link, lambda seq: MemoryRemove(seq, region.gpa, region.size, region.uva))
+    def restore(self, index: int) -> None:
+        """Give a successor, when it has come, all that the worker before it had."""
+        while True:
+            link = self._links.get(index)
+            self._links.arrived.discard(index)
+            try:
+                if index in self._informed:
+                    self._inform(link)
+                for served in [served for queue, served in self._served.items() if worker_of(queue) == index]:
+                    self._start_again(link, served)
+            except WorkerLost:
+                continue
+            except WorkerRefused as error:
+                raise WorkerFailed(f"worker {index} cannot take the place of the one before it: {error}") from error
+            return
 
-    def _inform(self, link: WorkerLink, memory: MemoryTable) -> None:
-        """All of memory to a worker that is about to serve its first ring; cleared first, should this be a second try."""
+    def _inform(self, link: WorkerLink) -> None:
+        """All of memory to a worker that is about to serve; cleared first, should this be a second try."""
         self._links.ask(link, MemoryClear)
-        for region, fd in memory:
-            self._add(link, region, fd)
-        link.knows_memory = True
+        for region, fd in self._memory:
+            self._links.ask(link, partial(_memory_add, region), [fd])
 
-    def _link(self, queue_index: int) -> WorkerLink:
-        return self._links.get(worker_of(queue_index))
+    def _start(self, link: WorkerLink, served: _Served) -> None:
+        ring = served.ring
+        fds = [fd for fd in (self._inflight.of(ring.index), ring.kick, ring.call, ring.err) if fd is not None]
+        self._links.ask(link, partial(_ring_start, ring, served.event_idx), fds)
 
-    def _informed(self) -> list[WorkerLink]:
-        """Worker 0 always: its refusal of a region is the answer to the frontend. Others once they serve a ring."""
-        first = self._links.get(0)
-        first.knows_memory = True
-        return [link for link in self._links if link.knows_memory]
+    def _start_again(self, link: WorkerLink, served: _Served) -> None:
+        try:
+            self._start(link, served)
+        except WorkerRefused as error:  # the guest has changed its own ring under the worker's hands
+            del self._served[served.ring.index]
+            self._links.on_broken(served.ring.index, str(error))
+
+
+def _memory_add(region: MemoryRegion, seq: int) -> MemoryAdd:
+    return MemoryAdd(seq, *region)
 
 
 def _ring_start(ring: Vring, event_idx: bool, seq: int) -> RingStart:
@@ -138,19 +206,23 @@ def _ring_start(ring: Vring, event_idx: bool, seq: int) -> RingStart:
         has_kick=ring.kick is not None,
         has_call=ring.call is not None,
         has_err=ring.err is not None,
+        start_number=ring.start_number,
     )
 
 
 class Control:
     """The main loop: until the supervisor says Stop, or is gone."""
 
-    def __init__(self, config: ControlConfig, supervisor: Channel, log: Logger) -> None:
+    def __init__(self, config: ControlConfig, supervisor: Channel, log: Logger, inflight: InflightMemory) -> None:
+        """The memory is taken over."""
         self._config = config
+        self._inflight = inflight
         self._supervisor = supervisor
         self._log = log
         self._links = WorkerLinks(supervisor)
         self._stream: FrontendStream | None = None
         self._device: Device | None = None
+        self._workers: Workers | None = None
 
     def run(self) -> None:
         try:
@@ -161,6 +233,7 @@ class Control:
         finally:
             self._disconnect()
             self._links.close()
+            self._inflight.close()
 
     def _turn(self) -> None:
         ready = self._wait()
@@ -168,19 +241,31 @@ class Control:
             self._links.hear_supervisor()
             self._connect()
         try:
+            self._restore_arrived()
             for link in self._links:
                 if link.channel.fileno() in ready:
-                    self._links.hear(link)
+                    self._hear_worker(link)
             if self._stream is not None and self._stream.fileno() in ready:
                 self._hear_frontend(self._stream)
-        except WorkerLost as error:
-            self._await_stop(str(error))
         except WorkerFailed as error:
             self._give_up(str(error), clean=False)
         except FrontendBreach as error:
             self._give_up(str(error), clean=False)
         except FrontendClosed as error:
             self._give_up(str(error), clean=True)
+
+    def _restore_arrived(self) -> None:
+        """A worker that comes takes up what another one had, if any had."""
+        while self._links.arrived:
+            index = self._links.arrived.pop()
+            if self._workers is not None:
+                self._workers.restore(index)
+
+    def _hear_worker(self, link: WorkerLink) -> None:
+        try:
+            self._links.hear(link)
+        except WorkerLost as error:
+            self._log.debug(f"{error}; the supervisor replaces it, or ends us all")
 
     def _wait(self) -> set[int]:
         poller = select.poll()
@@ -197,7 +282,9 @@ class Control:
         connection, self._links.connection = self._links.connection, None
         self._disconnect()
         self._stream = FrontendStream(connection)
-        self._device = Device(Workers(self._links), self._log, request_queues=self._config.request_queues, tag=self._config.tag)
+        memory = MemoryTable()
+        self._workers = Workers(self._links, self._inflight, memory)
+        self._device = Device(self._workers, self._log, memory, request_queues=self._config.request_queues, tag=self._config.tag)
         self._links.on_broken = self._device.ring_broken
 
     def _hear_frontend(self, stream: FrontendStream) -> None:
@@ -218,22 +305,13 @@ class Control:
         self._disconnect()
         self._supervisor.send(FrontendGone(bounded(text), clean))
 
-    def _await_stop(self, text: str) -> None:
-        """A worker died: the supervisor knows how and says so better than we could, if it is given the time."""
-        poller = select.poll()
-        poller.register(self._supervisor.fileno(), select.POLLIN)
-        while poller.poll(LOST_WORKER_SECONDS * 1000):
-            self._links.hear_supervisor()
-        self._give_up(text, clean=False)
-        raise StopAsked
-
     def _disconnect(self) -> None:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
         if self._device is not None:
             self._device.close()
-            self._device = None
+            self._device = self._workers = None
 
 
 def main() -> NoReturn:
@@ -241,10 +319,11 @@ def main() -> NoReturn:
 
     def body(supervisor: Channel, log: ChildLog) -> None:
         enter_empty_root(config.sandbox)
+        inflight = InflightMemory(config.request_queues + 1)
         settle_allocator()
         done = lock_down(config.confinement)
         supervisor.send(Ready(done.securebits, done.landlock, done.dumpable))
-        Control(config, supervisor, log).run()
+        Control(config, supervisor, log, inflight).run()
 
     run_role(config, "control", body)
 

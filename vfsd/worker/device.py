@@ -45,7 +45,7 @@ class WorkerPort(Protocol):
     def add_memory(self, region: vu.MemoryRegion, fd: OwnedFd) -> None: ...
     def remove_memory(self, region: vu.MemoryRegion) -> None: ...
     def clear_memory(self) -> None: ...
-    def start_ring(self, ring: Vring, memory: MemoryTable, *, event_idx: bool) -> None: ...
+    def start_ring(self, ring: Vring, *, event_idx: bool) -> None: ...
     def stop_ring(self, queue_index: int) -> int: ...
     def replace_kick(self, queue_index: int, fd: OwnedFd | None) -> None: ...
     def replace_call(self, queue_index: int, fd: OwnedFd | None) -> None: ...
@@ -55,13 +55,14 @@ class WorkerPort(Protocol):
 class Device:
     """All state that the frontend has set up. `handle` gives the reply to send, or None."""
 
-    def __init__(self, workers: WorkerPort, log: Logger, *, request_queues: int, tag: bytes | None) -> None:
+    def __init__(self, workers: WorkerPort, log: Logger, memory: MemoryTable, *, request_queues: int, tag: bytes | None) -> None:
+        """`memory` is shared with whoever tells workers of it."""
         self._workers = workers
         self._log = log
         self._config = _CONFIG_SPACE.pack(tag, request_queues) if tag is not None else None
         self._features: int | None = None  # None until SET_FEATURES, and again after a reset
         self._protocol_features = 0
-        self._memory = MemoryTable()
+        self._memory = memory
         self._rings = [Vring(index) for index in range(request_queues + 1)]  # 0 is hiprio
         self._backend_fd: OwnedFd | None = None
 
@@ -322,7 +323,7 @@ class Device:
         return ring.wants_to_run and self._features is not None
 
     def _start(self, ring: Vring) -> None:
-        self._workers.start_ring(ring, self._memory, event_idx=_event_idx(self._features or 0))
+        self._workers.start_ring(ring, event_idx=_event_idx(self._features or 0))
         ring.running = True
 
     def _stop(self, ring: Vring) -> None:

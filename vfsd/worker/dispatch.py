@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Generator
+from contextlib import suppress
 from typing import Any
 
 from vfsd.errors import ReplyErrno, drop_traceback
@@ -69,6 +70,11 @@ class Operation:
             self._dispatcher.wait(self, wish)
 
 
+def _slot_of(operation: Operation) -> wire.Slot:
+    chain = operation.request.chain
+    return wire.Slot(wire.place_of(operation.ring.index, chain.head), chain.number)
+
+
 class Dispatcher:
     """The ring thread's alone."""
 
@@ -101,6 +107,16 @@ class Dispatcher:
         else:
             self._reply(ring, request, 0, outcome)
 
+    def refuse(self, ring: Ring, chain: Chain) -> None:
+        """Answer EIO without running the request; one that is owed no answer is dropped."""
+        request = Request(chain)
+        if not request.has_header:
+            ring.queue.push(chain.head, 0)
+            return
+        with suppress(ReplyErrno):
+            request.decode()
+        self._reply(ring, request, errno.EIO, b"")
+
     def _run(self, request: Request) -> Any:
         handler = HANDLERS.get(request.opcode)
         if handler is None:
@@ -127,8 +143,12 @@ class Dispatcher:
         elif isinstance(wish, wire.SetLock) and wish.wait:
             if not self._lock_waits.ask(operation, wish):
                 operation.advance(None, ReplyErrno(errno.ENOLCK))
+        elif isinstance(wish, wire.Forget):
+            self._fs.broker.forget(wish.pairs, _slot_of(operation), operation)
+        elif isinstance(wish, wire.Release):
+            self._fs.broker.tell(wish, operation)
         else:
-            self._fs.broker.ask(wish, operation)
+            self._fs.broker.ask(wish, operation, _slot_of(operation) if type(wish) in wire.ONCE else None)
 
     def complete(self, operation: Operation, error: int, outcome: Outcome) -> None:
         self._forget(operation)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from vfsd.channel import Channel
 from vfsd.errors import GuestBreach
 from vfsd.log import ChildLog
-from vfsd.wire.channel import Stop
+from vfsd.wire.channel import Alive, Completed, Ping, Stop
 from vfsd.worker.broker_client import BrokerClient
 from vfsd.worker.dispatch import Dispatcher
 from vfsd.worker.file_system import FileSystem
@@ -25,6 +25,7 @@ from vfsd.worker.ring_table import RingTable
 HIPRIO = 0
 _BATCH = 64  # requests popped before completions are published
 _TICK_SECONDS = 0.5
+_MOST_DEATHS = 2  # of workers that ran the same request: it is not run a third time
 
 
 class EventLoop:
@@ -47,6 +48,7 @@ class EventLoop:
             self._epoll.register(fd, select.EPOLLIN)
         self._broker_interest = select.EPOLLIN
         self._stopped = False
+        self._completed = False  # whether the supervisor knows that we are good for something
 
     def run(self) -> None:
         """Returns when the supervisor says Stop; ChannelClosed or BrokerGone when a peer is gone."""
@@ -67,12 +69,15 @@ class EventLoop:
 
     def _turn(self) -> None:
         for ring in self._rings.in_order():
-            if ring.more and ring.serving:
+            if ring.recovering:
+                self._recover_one(ring)
+            elif ring.more and ring.serving:
                 self._drain(ring)
         self._broker.flush()
         self._watch_broker()
         for ring in self._rings.in_order():
-            ring.publish()
+            if ring.publish() and not self._completed:
+                self._completed = self._supervisor.send(Completed())
         now = time.monotonic()
         self._rings.finish_stops(now)
         self._fs.nodes.sweep(now)
@@ -90,6 +95,19 @@ class EventLoop:
         except GuestBreach as breach:
             self._rings.broke(ring, str(breach))
 
+    def _recover_one(self, ring: Ring) -> None:
+        """Run again what a dead worker had not completed: one request a turn, so that what kills us kills as few others as may be."""
+        try:
+            chain = ring.queue.pop_recovered()
+        except GuestBreach as breach:
+            self._rings.broke(ring, str(breach))
+            return
+        if chain.deaths < _MOST_DEATHS:
+            self._dispatcher.handle(ring, chain)
+            return
+        self._log.error(f"queue {ring.index}: a request is answered EIO: {chain.deaths} workers died while they ran it")
+        self._dispatcher.refuse(ring, chain)
+
     def _watch_broker(self) -> None:
         wanted = select.EPOLLIN | select.EPOLLOUT if self._broker.blocked else select.EPOLLIN
         if wanted != self._broker_interest:
@@ -98,5 +116,8 @@ class EventLoop:
 
     def _hear_supervisor(self) -> None:
         received = self._supervisor.receive()
-        if received is not None and isinstance(received.message, Stop):
-            self._stopped = True
+        match received.message if received is not None else None:
+            case Stop():
+                self._stopped = True
+            case Ping():
+                self._supervisor.send(Alive())

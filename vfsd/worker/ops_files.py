@@ -15,12 +15,15 @@ import stat
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from vfsd.errors import ReplyErrno
 from vfsd.sandbox import filecalls
 from vfsd.wire import broker_messages as wire
 from vfsd.wire import fuse_abi as abi
+from vfsd.wire.inflight import Append
+from vfsd.worker.appends import find_out, note_append, noted_append, rest_of
 from vfsd.worker.file_system import FileSystem, Given, Outcome, Placed, Waiting, take_donation
 from vfsd.worker.files import OpenFile
 from vfsd.worker.io_pool import Job
@@ -55,12 +58,12 @@ def _opened(fs: FileSystem, request: Request, given: Given, open_flags: int) -> 
     return abi.fuse_open_out.pack(fh, open_flags)
 
 
-def release(fs: FileSystem, request: Request) -> Outcome:
-    """Needs no answer of the broker: it cannot fail."""
+def release(fs: FileSystem, request: Request) -> Waiting:
+    """Needs no answer of the broker: it cannot fail. But it must be on its way before the guest is told that it is done."""
     fh, _flags, _release_flags, _owner = abi.fuse_release_in.unpack_from(request.arguments(abi.fuse_release_in.size))
     if fs.files.get(request.nodeid, fh) is not None:
         fs.files.drop(fh)
-    fs.broker.tell(wire.Release(request.nodeid, fh))
+    yield wire.Release(request.nodeid, fh)
     return b""
 
 
@@ -139,13 +142,17 @@ def write(fs: FileSystem, request: Request) -> Outcome | Waiting:
         raise ReplyErrno(errno.EIO)
     if size > _MAX_TRANSFER_BYTES or offset > _I64_MAX - size:
         raise ReplyErrno(errno.EINVAL)
-    appends = flags & os.O_APPEND and not write_flags & abi.FUSE_WRITE_CACHE
-    rwf = os.RWF_APPEND if appends else 0
     keeps = not write_flags & abi.FUSE_WRITE_KILL_SUIDGID
+    again = request.chain.deaths > 0
 
     def work(fd: int) -> Written:
-        return _written(fd, keeps, lambda: _write_all(fd, request.data, offset, rwf))
+        return _written(fd, keeps, lambda: _write_all(fd, request.data, offset, 0), again)
 
+    if flags & os.O_APPEND and not write_flags & abi.FUSE_WRITE_CACHE:
+        noted = noted_append(request)
+        if noted is not None:
+            return _append_again(fs, request, fh, noted, keeps)
+        work = partial(_append, request, fh, keeps)
     opened = fs.files.get(request.nodeid, fh)
     if opened is None or opened.mount.pooled():
         return _write_pooled(fs, request, fh, work)
@@ -155,6 +162,25 @@ def write(fs: FileSystem, request: Request) -> Outcome | Waiting:
     if fs.features.capability_remapped or (keeps and (written.set_id_bits or fs.keepers.seen(request.nodeid))):
         return _write_restored(fs, request, fh, written)
     return abi.fuse_write_out.pack(written.length())
+
+
+def _append(request: Request, fh: int, keeps: bool, fd: int) -> Written:
+    note_append(request, fh, fd)
+    return _written(fd, keeps, lambda: _write_all(fd, request.data, 0, os.RWF_APPEND), request.chain.deaths > 0)
+
+
+def _append_again(fs: FileSystem, request: Request, fh: int, noted: Append, keeps: bool) -> Waiting:
+    """An append that a dead worker was about to make, or made."""
+    done = yield from find_out(fs, request, fh, noted)
+    if not done:
+        return (yield from _write_pooled(fs, request, fh, partial(_append, request, fh, keeps)))
+    rest = rest_of(request, done)
+
+    def work(fd: int) -> Written:
+        written = _written(fd, keeps, lambda: _write_all(fd, rest, noted.size + done, 0), True)
+        return written._replace(done=done + written.done, error=0)  # an error comes again with the guest's next write
+
+    return (yield from _write_pooled(fs, request, fh, work))
 
 
 def _write_pooled(fs: FileSystem, request: Request, fh: int, work: Callable[[int], Written]) -> Waiting:
@@ -183,9 +209,11 @@ class Written(NamedTuple):
         return self.done
 
 
-def _written(fd: int, keeps: bool, call: Callable[[], int]) -> Written:
-    """Make a call that writes to `fd`. Also one that fails takes the bits away."""
-    bits = filecalls.mode_of(fd) & _SET_ID_BITS if keeps else 0
+def _written(fd: int, keeps: bool, call: Callable[[], int], again: bool) -> Written:
+    """Make a call that writes to `fd`. Also one that fails takes the bits away; so has, perhaps, a dead worker's (`again`)."""
+    bits = 0
+    if keeps:
+        bits = _SET_ID_BITS if again else filecalls.mode_of(fd) & _SET_ID_BITS
     try:
         return Written(call(), 0, keeps, bits)
     except OSError as error:
@@ -267,17 +295,19 @@ def _copy(fs: FileSystem, request: Request) -> Generator[wire.Request | Job, Any
     with fs.keepers.joined(nodeid_out) as group:
         try:
             target = yield from fs.fetch(nodeid_out, fh_out)
-            written: Written = yield from _copy_between(source, target, keeps, length, offset_in, offset_out)
+            written: Written = yield from _copy_between(
+                source, target, keeps, length, offset_in, offset_out, again=request.chain.deaths > 0
+            )
         finally:
             source.unpin()
         return (yield from _restored(fs, group, nodeid_out, fh_out, written))
 
 
 def _copy_between(
-    source: OpenFile, target: OpenFile, keeps: bool, length: int, offset_in: int, offset_out: int
+    source: OpenFile, target: OpenFile, keeps: bool, length: int, offset_in: int, offset_out: int, *, again: bool
 ) -> Generator[wire.Request | Job, Any, Written]:
     def copy() -> Written:
-        return _written(target.fd, keeps, lambda: os.copy_file_range(source.fd, target.fd, length, offset_in, offset_out))
+        return _written(target.fd, keeps, lambda: os.copy_file_range(source.fd, target.fd, length, offset_in, offset_out), again)
 
     if length <= _INLINE_COPY_BYTES and not source.mount.pooled() and not target.mount.pooled():
         return copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from itertools import chain
 
 from vfsd.errors import ReplyErrno
 from vfsd.wire import broker_messages as wire
@@ -51,21 +52,23 @@ def destroy(_fs: FileSystem, _request: Request) -> Waiting:
     return b""
 
 
-def forget(fs: FileSystem, request: Request) -> Outcome:
+def forget(_fs: FileSystem, request: Request) -> Waiting:
+    """Waits only until it is on its way to the broker: what is completed is not run again when this worker dies."""
     if len(request.body) >= abi.fuse_forget_in.size:
-        fs.broker.forget(request.nodeid, *abi.fuse_forget_in.unpack_from(request.body))
+        yield wire.Forget([request.nodeid, *abi.fuse_forget_in.unpack_from(request.body)])
     return NO_REPLY
 
 
-def batch_forget(fs: FileSystem, request: Request) -> Outcome:
+def batch_forget(_fs: FileSystem, request: Request) -> Waiting:
     """As many as there really are, whatever the count says."""
     body = request.body
     if len(body) >= abi.fuse_batch_forget_in.size:
         (count,) = abi.fuse_batch_forget_in.unpack_from(body)
         entries = body[abi.fuse_batch_forget_in.size :]
         whole = min(count, len(entries) // abi.fuse_forget_one.size)
-        for nodeid, nlookup in abi.fuse_forget_one.iter_unpack(entries[: whole * abi.fuse_forget_one.size]):
-            fs.broker.forget(nodeid, nlookup)
+        if whole:
+            pairs = abi.fuse_forget_one.iter_unpack(entries[: whole * abi.fuse_forget_one.size])
+            yield wire.Forget(list(chain.from_iterable(pairs)))
     return NO_REPLY
 
 

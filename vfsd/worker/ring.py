@@ -47,6 +47,11 @@ class Ring:
     def serving(self) -> bool:
         return not self.broken and self.stopping is None
 
+    @property
+    def recovering(self) -> bool:
+        """Whether there is something that a dead worker was at. That must be completed also of a ring that is to be stopped."""
+        return self.queue.recovering and not self.broken
+
     def pop(self) -> Chain | None:
         """The next request; None, and armed for a kick, if there is none. GuestBreach as Virtqueue.pop."""
         while True:
@@ -57,9 +62,17 @@ class Ring:
                 self.more = False
                 return None
 
-    def publish(self) -> None:
-        """Show all completions to the driver, and call it if it wants that."""
+    def publish(self) -> bool:
+        """Show all completions to the driver, and call it if it wants that. Whether there were any."""
+        if not self.queue.staged:
+            return False
         if self.queue.publish() and self.call is not None:
+            _signal(self.call)
+        return True
+
+    def call_anyway(self) -> None:
+        """Whether a dead worker called the driver for what it had shown nobody knows: one call too many does no harm."""
+        if self.call is not None:
             _signal(self.call)
 
     def report_broken(self) -> None:

@@ -18,6 +18,7 @@ from vfsd.log import ChildLog
 from vfsd.wire import channel as wire
 from vfsd.worker.dispatch import Dispatcher
 from vfsd.worker.guest_memory import GuestMemory
+from vfsd.worker.inflight_memory import MappedTable
 from vfsd.worker.ring import DRAIN_SECONDS, Ring, Stopping
 from vfsd.worker.virtqueue import Virtqueue
 
@@ -52,7 +53,7 @@ class RingTable:
     @property
     def busy(self) -> bool:
         """Whether a ring may have more to pop right now."""
-        return any(ring.more and ring.serving for ring in self._order)
+        return any((ring.more and ring.serving) or ring.recovering for ring in self._order)
 
     @property
     def draining(self) -> bool:
@@ -103,12 +104,14 @@ class RingTable:
         self._memory.remove(message.gpa, message.size, message.uva)
 
     def _start(self, message: wire.RingStart, fds: list[OwnedFd]) -> None:
-        """Serve a ring from its first unseen request on: a kick that came before is not needed."""
+        """Serve a ring from its first unseen request on, or go on where a dead worker was: a kick that came before is not needed."""
         if message.queue_index in self._rings:
             raise FrontendBreach(f"queue {message.queue_index} is already running")
+        with fds.pop(0) as inflight:
+            table = MappedTable(inflight.fileno())
         queue = Virtqueue(
             self._memory, message.queue_index, message.size, message.last_avail,
-            message.desc_uva, message.avail_uva, message.used_uva, message.event_idx,
+            message.desc_uva, message.avail_uva, message.used_uva, message.event_idx, table, message.start_number,
         )  # fmt: skip
         kick, call, err = (fds.pop(0) if present else None for present in (message.has_kick, message.has_call, message.has_err))
         ring = Ring(queue, kick, call, err)
@@ -119,6 +122,8 @@ class RingTable:
             raise
         self._rings[ring.index] = ring
         self._order = [self._rings[index] for index in sorted(self._rings)]
+        if queue.resumed:
+            ring.call_anyway()
 
     def _ring(self, index: int) -> Ring:
         ring = self._rings.get(index)

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections import deque
 
 from vfsd.errors import FrontendBreach, GuestBreach
 from vfsd.wire import virtio_ring
+from vfsd.wire.inflight import InflightTable
 from vfsd.wire.virtio_ring import RING_FLAGS, RING_IDX, RING_START, VIRTQ_DESC_F_WRITE, need_event, walk_chain
 from vfsd.worker.guest_memory import GuestMemory
 
@@ -62,12 +65,16 @@ class Chain:
 
     The views follow the driver's layout, which is free: a FUSE header may be split over several, or share one with data.
     There may be more of them than IOV_MAX (1024), since a buffer that spans memory regions is several views.
+    `number` tells one use of a head from the next, also across workers. `deaths`: how many workers died while they ran it.
     """
 
-    __slots__ = ("head", "readable", "readable_bytes", "writable", "writable_bytes")
+    __slots__ = ("deaths", "head", "inflight", "number", "readable", "readable_bytes", "writable", "writable_bytes")
 
-    def __init__(self, head: int) -> None:
+    def __init__(self, head: int, number: int = 0, inflight: InflightTable | None = None, deaths: int = 0) -> None:
         self.head = head
+        self.number = number
+        self.deaths = deaths
+        self.inflight = inflight  # where its use of the head is noted
         self.readable: list[memoryview] = []
         self.writable: list[memoryview] = []
         self.readable_bytes = 0
@@ -91,6 +98,10 @@ class Chain:
 class Virtqueue:
     """One started ring. It goes on from `last_avail` in the available ring and from the used.idx found in memory.
 
+    If the table says that this very start (`start_number`) was served before, by a worker that died, it goes on where that one
+    was instead: what was in flight comes out of `pop_recovered`. Numbers are taken from the clock at first, so that no later
+    start, in whatever process, gives one again. The table is taken over.
+
     `index` is the vhost-user queue index, for messages. `close()` gives the rings' memory back; it must come before the
     memory is unmapped.
     """
@@ -103,7 +114,9 @@ class Virtqueue:
         "_event_idx",
         "_in_flight",
         "_memory",
+        "_next_number",
         "_next_used",
+        "_recovered",
         "_seen_avail",
         "_size",
         "_staged",
@@ -111,7 +124,9 @@ class Virtqueue:
         "_used_ring",
         "_views",
         "index",
+        "inflight",
         "last_avail",
+        "resumed",
     )
 
     def __init__(
@@ -124,25 +139,36 @@ class Virtqueue:
         avail_uva: int,
         used_uva: int,
         event_idx: bool,
+        inflight: InflightTable,
+        start_number: int,
     ) -> None:
-        self._check_start(index, size, last_avail, avail_uva, used_uva)
+        self.inflight = inflight
+        self._views: list[memoryview] = []
+        self._in_flight: dict[int, Chain | None] = {}  # by head; None: staged, not yet published
+        self._staged: list[int] = []
+        self._recovered: deque[int] = deque()  # heads that a dead worker had taken, until they are run again
+        self.resumed = False  # a dead worker served this ring before
+        try:
+            self._check_start(index, size, last_avail, avail_uva, used_uva)
+        except FrontendBreach:
+            self.close()
+            raise
         self.index = index
         self.last_avail = last_avail  # the next entry of the available ring to take; free-running, modulo 2^16
         self._memory = memory
         self._size = size
         self._event_idx = event_idx
         self._budget = max(size, _LEAST_CHAIN_BUDGET)
-        self._seen_avail = last_avail  # avail.idx when we last looked: up to there we need not look again
-        self._in_flight: dict[int, Chain | None] = {}  # by head; None: staged, not yet published
-        self._staged: list[int] = []
         self._decided_used: int | None = None  # used.idx when we last decided about a call
-        self._views: list[memoryview] = []
+        self._next_number = time.monotonic_ns()
         try:
             self._map_rings(desc_uva, avail_uva, used_uva)
-        except FrontendBreach:
+            self._next_used = self._used[RING_IDX]
+            self._settle_inflight(start_number)
+        except (FrontendBreach, GuestBreach):
             self.close()
             raise
-        self._next_used = self._used[RING_IDX]
+        self._seen_avail = self.last_avail  # avail.idx when we last looked: up to there we need not look again
 
     @staticmethod
     def _check_start(index: int, size: int, last_avail: int, avail_uva: int, used_uva: int) -> None:
@@ -162,6 +188,15 @@ class Virtqueue:
         entries = self._own(used[2 * RING_START : 2 * virtio_ring.used_event_position(size)])
         self._used_ring = self._own(entries.cast("I"))  # id, len, id, len, …
 
+    def _settle_inflight(self, start_number: int) -> None:
+        if not self.inflight.continues(start_number, self._size):
+            self.inflight.begin(start_number, self._size, self._next_used, self.last_avail)
+            return
+        self.resumed = True
+        heads, self.last_avail = self.inflight.recover(self._next_used)
+        self._recovered.extend(heads)
+        self._in_flight.update((head, Chain(head)) for head in heads)
+
     def _own(self, view: memoryview) -> memoryview:
         self._views.append(view)
         return view
@@ -179,6 +214,23 @@ class Virtqueue:
         """How many chains were popped and are not yet published."""
         return len(self._in_flight)
 
+    @property
+    def staged(self) -> bool:
+        """Whether there are completions that the driver has not been shown."""
+        return bool(self._staged)
+
+    @property
+    def recovering(self) -> bool:
+        """Whether there is something that a dead worker was at."""
+        return bool(self._recovered)
+
+    def pop_recovered(self) -> Chain:
+        """The next request, of those that a dead worker had taken. GuestBreach as `pop`."""
+        head = self._recovered.popleft()
+        chain = self._take(head, self.inflight.number(head), self.inflight.count_death(head))
+        self._in_flight[head] = chain
+        return chain
+
     def pop(self) -> Chain | None:
         """The next request, or None if the driver offers no more at the moment.
 
@@ -191,7 +243,10 @@ class Virtqueue:
             raise GuestBreach(f"queue {self.index}: head {head} lies outside a table of {self._size}")
         if head in self._in_flight:
             raise GuestBreach(f"queue {self.index}: head {head} was made available while it was in flight")
-        chain = self._take(head)
+        number = self._next_number
+        chain = self._take(head, number)
+        self._next_number = number + 1
+        self.inflight.take(head, number)
         self.last_avail = (self.last_avail + 1) & 0xFFFF
         self._in_flight[head] = chain
         return chain
@@ -208,10 +263,10 @@ class Virtqueue:
         _order()  # the ring entries and descriptors were written before the index: read them after it
         return True
 
-    def _take(self, head: int) -> Chain:
+    def _take(self, head: int, number: int, deaths: int = 0) -> Chain:
         """Walk the chain at `head` and find its buffers in memory, or GuestBreach with no view left."""
         gather = self._memory.gather
-        chain = Chain(head)
+        chain = Chain(head, number, self.inflight, deaths)
         readable, writable = chain.readable, chain.writable
         readable_bytes = writable_bytes = 0
         try:
@@ -255,8 +310,10 @@ class Virtqueue:
         if not self._staged:
             return False
         new = self._next_used
+        self.inflight.link(self._staged)
         _order()  # 2.7.8.2: the entries before the index
         self._used[RING_IDX] = new
+        self.inflight.clear(self._staged, new)
         for head in self._staged:
             del self._in_flight[head]
         self._staged.clear()
@@ -292,6 +349,8 @@ class Virtqueue:
                 chain.release()
         self._in_flight.clear()
         self._staged.clear()
+        self._recovered.clear()
         for view in self._views:
             view.release()
         self._views.clear()
+        self.inflight.close()

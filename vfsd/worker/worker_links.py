@@ -1,7 +1,7 @@
 """Control's sockets: one to the supervisor, one to each worker; requests to workers are asked here and waited for.
 
 Who controls the bytes: workers may be hostile, their answers come through the channel codec and change nothing but the
-answer's number; the supervisor is trusted. Waiting is bounded (10 s), and the supervisor's Stop is heard meanwhile.
+answer's number; the supervisor is trusted. Waiting is bounded, and the supervisor's Stop is heard meanwhile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from vfsd.wire.channel import (
     Stop,
 )
 
-ANSWER_SECONDS = 10.0  # RingStop drains for up to 5 s; a frontend's main loop waits for us meanwhile
+# RingStop drains for up to 5 s; and a worker that hangs should be found out by the supervisor first, and replaced. A frontend's
+# main loop waits for us meanwhile.
+ANSWER_SECONDS = 20.0
 _SEQ_MASK = 2**32 - 1
 
 
@@ -43,7 +45,7 @@ class WorkerFailed(Exception):
 
 
 class WorkerLost(WorkerFailed):
-    """A worker closed its socket: it died, and the supervisor knows, or will know in a moment."""
+    """A worker closed its socket: it died, and the supervisor knows, or will know in a moment. The link is gone."""
 
 
 class WorkerLink:
@@ -52,7 +54,6 @@ class WorkerLink:
     def __init__(self, index: int, channel: Channel) -> None:
         self.index = index
         self.channel = channel
-        self.knows_memory = False
         self._seq = 0
 
     def next_seq(self) -> int:
@@ -67,6 +68,7 @@ class WorkerLinks:
         self.supervisor = supervisor
         self.on_broken: Callable[[int, str], None] = _ignore
         self.connection: OwnedFd | None = None  # handed over, not yet taken by the main loop
+        self.arrived: set[int] = set()  # workers that nobody has looked at yet; some may replace a dead one
         self._links: dict[int, WorkerLink] = {}
         self._asked_for: set[int] = set()
 
@@ -81,7 +83,7 @@ class WorkerLinks:
             self._asked_for.add(index)
 
     def get(self, index: int) -> WorkerLink:
-        """The link to this worker, waited for if it has been asked for only now."""
+        """The link to this worker, waited for if it has been asked for only now, or is being replaced."""
         self.need(index)
         deadline = time.monotonic() + ANSWER_SECONDS
         while index not in self._links:
@@ -98,12 +100,14 @@ class WorkerLinks:
             if not link.channel.send(message, fds):
                 raise WorkerFailed(f"worker {link.index} does not read its control socket")
         except ChannelClosed:
-            raise WorkerLost(f"worker {link.index} is gone") from None
+            raise self._lost(link) from None
         deadline = time.monotonic() + ANSWER_SECONDS
         while True:
             ready = self._wait([link.channel.fileno(), self.supervisor.fileno()], deadline, what)
             if self.supervisor.fileno() in ready:
                 self.hear_supervisor()
+                if self._links.get(link.index) is not link:  # the supervisor was faster than its socket
+                    raise WorkerLost(f"worker {link.index} is gone")
             if link.channel.fileno() in ready:
                 answer = self._next_answer(link)
                 if answer is not None:
@@ -128,6 +132,7 @@ class WorkerLinks:
                 if index in self._links:
                     self._links[index].channel.close()
                 self._links[index] = WorkerLink(index, Channel.from_fd(received.fds[0], WORKER_TO_CONTROL))
+                self.arrived.add(index)
             case Connection() if self.connection is None:
                 self.connection = received.fds[0]
             case Stop():
@@ -147,7 +152,7 @@ class WorkerLinks:
         try:
             received = link.channel.receive()
         except ChannelClosed:
-            raise WorkerLost(f"worker {link.index} is gone") from None
+            raise self._lost(link) from None
         except ChildBreach as error:
             raise WorkerFailed(f"worker {link.index} broke the protocol of its control socket: {error}") from error
         match received.message if received is not None else None:
@@ -156,6 +161,13 @@ class WorkerLinks:
             case RingBroken(queue_index, text):
                 self.on_broken(queue_index, decode_text(text))
         return None
+
+    def _lost(self, link: WorkerLink) -> WorkerLost:
+        """It is no longer waited for; another one may come by the same index."""
+        link.channel.close()
+        if self._links.get(link.index) is link:
+            del self._links[link.index]
+        return WorkerLost(f"worker {link.index} is gone")
 
     def _wait(self, fds: list[int], deadline: float, what: str) -> set[int]:
         """Those of the descriptors that are readable, at least one."""

@@ -1,0 +1,50 @@
+"""When a worker that died is not replaced any more."""
+
+import signal
+
+import pytest
+
+from vfsd.deaths import Deaths
+
+KILLED = -signal.SIGKILL
+
+
+def die(deaths, *, index=0, by=KILLED, completed=False, now=0.0):
+    return deaths.too_many(index, by, completed=completed, now=now)
+
+
+def test_the_fifth_successive_death_without_a_completion_is_the_last():
+    deaths = Deaths()
+    assert [bool(die(deaths)) for _ in range(5)] == [False, False, False, False, True]
+
+
+def test_a_completion_in_between_begins_the_count_anew():
+    deaths = Deaths()
+    for _ in range(4):
+        die(deaths)
+    assert not die(deaths, completed=True)
+    assert [bool(die(deaths)) for _ in range(4)] == [False, False, False, True]
+
+
+def test_workers_that_complete_something_may_die_for_ever():
+    deaths = Deaths()
+    assert not any(die(deaths, completed=True) for _ in range(1000))
+
+
+def test_each_worker_has_its_own_count():
+    deaths = Deaths()
+    assert not any(die(deaths, index=number % 2) for number in range(8))
+    assert "5 times" in die(deaths, index=0)
+
+
+@pytest.mark.parametrize("by", [-signal.SIGSYS, -signal.SIGSEGV])
+def test_three_suspicious_deaths_within_a_minute_are_too_many_whatever_was_completed(by):
+    deaths = Deaths()
+    assert not die(deaths, by=by, completed=True, now=0.0)
+    assert not die(deaths, by=by, completed=True, index=1, now=30.0)
+    assert "within a minute" in die(deaths, by=by, completed=True, now=59.0)
+
+
+def test_three_suspicious_deaths_in_more_than_a_minute_are_not():
+    deaths = Deaths()
+    assert not any(die(deaths, by=-signal.SIGSYS, completed=True, now=31.0 * number) for number in range(20))
