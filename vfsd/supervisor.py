@@ -37,6 +37,7 @@ from vfsd.sandbox import landlock
 from vfsd.sandbox.lockdown import lock_down
 from vfsd.sandbox.user_namespace import enter_user_namespace
 from vfsd.service_manager import Given, ServiceManager, connect_notify_socket
+from vfsd.signals import catch_signals
 from vfsd.sockets import VhostSocket, adopt_socket, make_listener
 from vfsd.vigil import Vigil, late_to_start
 from vfsd.wire.channel import (
@@ -68,8 +69,6 @@ CULPRIT_SECONDS = 0.1  # peers of a child that crashed see their socket close be
 MESSAGES_PER_TURN = 64  # of one child, before the others get their turn
 DRAIN_TURNS = 100  # more than a socket's buffer holds
 BROKER_SOCKET_BYTES = 1 << 20  # several packets of 128 KiB; the kernel caps it at net.core.wmem_max
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def serve(options: Options, log: StderrLog, given: Given) -> int:
@@ -134,7 +133,7 @@ class Supervisor:
     def run(self) -> int:
         wake_read, wake_write = socket.socketpair()
         with wake_read, wake_write, self._selector, self._record:
-            restore = _catch_signals(wake_write)
+            restore = catch_signals(wake_write)
             try:
                 self._watch(wake_read.fileno(), partial(self._on_signal, wake_read))
                 self._start_children()
@@ -401,17 +400,3 @@ def _packet_pair(send_bytes: int | None = None) -> tuple[OwnedFd, OwnedFd]:
         if send_bytes is not None:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
     return OwnedFd(ends[0].detach()), OwnedFd(ends[1].detach())
-
-
-def _catch_signals(wake: socket.socket) -> Callable[[], None]:
-    """Turn the signals that end us into bytes on this socket; returns what undoes it."""
-    wake.setblocking(False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
-    wakeup_fd = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-
-    def restore() -> None:
-        signal.set_wakeup_fd(wakeup_fd)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    return restore
