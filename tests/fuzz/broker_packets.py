@@ -187,7 +187,7 @@ class _Run:
             except WorkerBreach:
                 harmless, requests = False, []
             _check_round_trip(packet)
-            for spec, request_id, _message in requests if harmless else []:
+            for spec, request_id, _message, _slot in requests if harmless else []:
                 if request_id in self._owed:  # which of the replies is whose cannot be told
                     self._ambiguous.add(request_id)
                 if spec.reply is not None:
@@ -313,7 +313,7 @@ def _check_round_trip(packet: bytes) -> None:
         session, requests = wire.decode_requests(packet)
     except WorkerBreach:
         return
-    again = wire.join_requests(session, [wire.encode_request(number, message) for _spec, number, message in requests])
+    again = wire.join_requests(session, [wire.encode_request(number, message, slot) for _spec, number, message, slot in requests])
     assert wire.decode_requests(again) == (session, requests)
 
 

@@ -30,6 +30,7 @@ from vfsd.wire import channel as wire
 from vfsd.wire import vhost_user as vu
 from vfsd.worker.control import Control
 from vfsd.worker.device import FEATURES, PROTOCOL_FEATURES
+from vfsd.worker.inflight_memory import InflightMemory
 from vfsd.worker.ring_table import RingTable
 from vfsd.worker.worker_links import WorkerLinks
 
@@ -119,7 +120,7 @@ class _World:
         config = ControlConfig(
             channel_fd=0, supervisor_pidfd=0, confinement=_CONFINEMENT, sandbox="none", log_level=DEBUG, tag=tag, request_queues=queues
         )  # fmt: skip
-        self._control = Control(config, self._control_channel, ChildLog(self._control_channel, DEBUG))
+        self._control = Control(config, self._control_channel, ChildLog(self._control_channel, DEBUG), InflightMemory(queues + 1))
         self._control._links = self._links = _Links(self._control_channel, self)
         self._workers: dict[int, _Worker] = {}
         self._hostile: dict[int, socket.socket] = {}
@@ -317,6 +318,7 @@ class _World:
     def close(self) -> None:
         self._control._disconnect()
         self._links.close()
+        self._control._inflight.close()
         for channel in (self._supervisor, self._control_channel):
             channel.close()
         for worker in self._workers.values():

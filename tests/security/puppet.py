@@ -167,7 +167,7 @@ def main():
     def worker_puppet(supervisor, control, broker, _fs, _pool, _log):
         return Puppet(script, {"supervisor": supervisor._socket, "control": control._socket, "broker": broker})
 
-    def control_puppet(_config, supervisor, _log):
+    def control_puppet(_config, supervisor, _log, _inflight):
         return Puppet(script, {"supervisor": supervisor._socket})
 
     if role == "worker":

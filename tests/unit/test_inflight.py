@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.driver import USED_AT, Driver
-from vfsd.errors import GuestBreach
+from vfsd.errors import FrontendBreach, GuestBreach
+from vfsd.fds import OwnedFd
 from vfsd.wire import inflight
 from vfsd.wire.inflight import TABLE_BYTES, Append, InflightTable
 from vfsd.wire.virtio_ring import RING_IDX
@@ -274,6 +275,13 @@ def test_the_memory_can_be_neither_grown_nor_shrunk_and_each_start_has_a_number_
         again.close()
     finally:
         memory.close()
+
+
+def test_a_file_that_is_no_table_is_not_mapped():
+    with OwnedFd(os.memfd_create("short")) as short:
+        os.ftruncate(short.fileno(), TABLE_BYTES - 1)
+        with pytest.raises(FrontendBreach, match="too short"):
+            MappedTable(short.fileno())
 
 
 def test_places_in_the_used_ring_are_where_the_layout_says():

@@ -10,6 +10,7 @@ import fcntl
 import mmap
 import os
 
+from vfsd.errors import FrontendBreach
 from vfsd.fds import OwnedFd
 from vfsd.wire.inflight import TABLE_BYTES, InflightTable
 
@@ -46,11 +47,13 @@ def _sealed_memfd() -> OwnedFd:
 
 
 class MappedTable(InflightTable):
-    """A worker's view of one of them. The caller keeps and closes `fd`."""
+    """A worker's view of one of them. The caller keeps and closes `fd`. FrontendBreach if it is none: to touch it would be a SIGBUS."""
 
     __slots__ = ("_mapping",)
 
     def __init__(self, fd: int) -> None:
+        if not os.preadv(fd, [bytearray(1)], TABLE_BYTES - 1):
+            raise FrontendBreach("an in-flight table in a file that is too short")
         self._mapping = mmap.mmap(fd, TABLE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         super().__init__(memoryview(self._mapping))
 
