@@ -20,6 +20,7 @@ from vfsd.tools.daemon import Daemon, Process
 _O_PATH = os.O_PATH
 _STANDARD = 3
 _LAST_WORDS = "/memfd:vfsd-last-words (deleted)"
+_INFLIGHT = "/memfd:vfsd-inflight (deleted)"
 _RECORD = f"/memfd:{RECORD_NAME} (deleted)"
 _ANY_SIGNAL = "a ring's kick, call or err: the frontend's"
 _LOG_OR_MANAGER = "the system's log, or the service manager that started vfsd"
@@ -68,6 +69,7 @@ TOLD_BY: tuple[tuple[str, str, str], ...] = (
     ("control", "the frontend: its connection, or what vfsd would ask it by", "a stream socket, the other end in no process of vfsd"),
     ("control", "link to a worker: memory and rings", "the process at the other end"),
     ("control", "a ring's kick, call or err: the frontend's", "an eventfd; a pipe or socket that a worker has too, as below"),
+    ("control worker", "what a queue has in flight, for a worker's successor", "its name, memfd:vfsd-inflight"),
     ("control worker", "the guest's memory", "a memfd or file that a worker maps shared"),
     ("worker", "link to the broker: requests, and the descriptors it donates", "the process at the other end"),
     ("worker", "link to control: memory and rings", "the process at the other end"),
@@ -148,6 +150,8 @@ def _own_kind(context: Context, fd: Fd) -> str | None:
     role = context.process.role
     if fd.target == "anon_inode:[eventpoll]":
         return "epoll: waits for the others" if role != "control" else None
+    if role in ("control", "worker") and fd.target == _INFLIGHT:
+        return "what a queue has in flight, for a worker's successor"
     if role == "broker" and fd.target.endswith("/fd") and fd.flags & _O_PATH and not _on_share(context, fd):
         return "its own /proc/self/fd: how it opens inodes again, and attributes"
     return _of_supervisor(context, fd) if role == "supervisor" else None
