@@ -7,7 +7,7 @@ override SHELL := /bin/bash
 PYTHON ?= python3
 GUEST ?= uml
 BIN := .venv/bin
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 SECONDS ?= 60
 
 .PHONY: all packages venv guests format check test test-all fuzz fuzz-seeds coverage-record audit demo bench clean
@@ -30,7 +30,7 @@ format: venv
 check: venv                     # under a minute
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/pytest tests/unit $(PYTEST_ARGS)
 
-test: venv                      # everything, in everyday sizes; PYTEST_ARGS="-n auto" uses all CPUs, where nothing else does
+test: venv                      # everything, in everyday sizes, on all CPUs; PYTEST_ARGS= takes one test after another
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 test-all: venv                  # everything, in full size and on every guest kernel
