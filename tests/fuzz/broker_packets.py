@@ -18,7 +18,7 @@ import msgpack
 from tests.fuzz.fuse_grammar import NAMES
 from tests.fuzz.oracle import open_fd_count
 from tests.fuzz.provider import Provider, Recipe
-from tests.fuzz.share import CONTENT, SmallShare
+from tests.fuzz.share import CONTENT, SmallShare, as_the_broker
 from tests.support.broker import Bench, FakeWorker
 from vfsd.errors import WorkerBreach
 from vfsd.fds import OwnedFd
@@ -94,7 +94,7 @@ _rigs: list[_Rig] = []
 def open_rig(folder: Path) -> None:
     for number in range(len(_CONFIGURATIONS)):
         _shares.append(SmallShare(folder / str(number)))
-        with contextlib.chdir("/proc/self/fd"):
+        with as_the_broker():
             _rigs.append(_Rig(_shares[-1], number))
     for rig in _rigs:
         _wipe(rig)
@@ -122,7 +122,7 @@ def _acknowledge(worker: FakeWorker) -> None:
 
 
 def one_input(data: bytes) -> None:
-    with contextlib.chdir("/proc/self/fd"):  # where the broker is
+    with as_the_broker():
         provider = Provider(data)
         rig = provider.pick(_rigs)
         rig.share.fill()

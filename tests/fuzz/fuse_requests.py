@@ -7,7 +7,6 @@ when the session ends nothing is left: no descriptor, no inode, no open file, no
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 from pathlib import Path
@@ -16,7 +15,7 @@ from tests.fuzz import fuse_grammar, fuse_sequences
 from tests.fuzz.fuse_grammar import ALL_INIT_FLAGS, Guest
 from tests.fuzz.oracle import open_fd_count
 from tests.fuzz.provider import Provider, Recipe
-from tests.fuzz.share import CONTENT, SmallShare
+from tests.fuzz.share import CONTENT, SmallShare, as_the_broker
 from tests.support.broker import Bench
 from tests.support.worker import Reply, Worker, pack_request
 from vfsd.config import Features
@@ -110,7 +109,7 @@ def close_rig() -> None:
 
 
 def one_input(data: bytes) -> None:
-    with contextlib.chdir("/proc/self/fd"):  # where the broker is
+    with as_the_broker():
         _one_guest(Provider(data))
 
 

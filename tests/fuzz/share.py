@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.file_systems import Mounts
 
 CONTENT = b"what stands in the file\n" * 10
 _FS_IOC_SETFLAGS = 0x40086602
+
+
+@contextmanager
+def as_the_broker() -> Iterator[None]:
+    """Its working directory and its umask, for a broker in this process."""
+    umask = os.umask(0)
+    try:
+        with contextlib.chdir("/proc/self/fd"):
+            yield
+    finally:
+        os.umask(umask)
 
 
 class SmallShare:
