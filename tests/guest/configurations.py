@@ -56,11 +56,6 @@ class Configuration:
     def writeback(self) -> bool:
         return "--writeback" in self.options
 
-    @property
-    def guest_sees_changes(self) -> bool:
-        """Whether the guest notices soon what the host changed about files that the guest knows."""
-        return self.cache != "always" and not self.writeback
-
 
 def extra_options() -> tuple[str, ...]:
     return tuple(os.environ.get("VFSD_TEST_DAEMON_OPTIONS", "").split())

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.broker import Bench
 from tests.support.worker import Worker
+from vfsd.config import Features
 from vfsd.wire import broker_messages as wire
 from vfsd.wire import fuse_abi as abi
 from vfsd.worker.cache_policy import CACHE_POLICIES
@@ -102,6 +103,17 @@ def test_only_what_the_guest_offers_and_vfsd_has_is_agreed(fresh):
     only_if_asked = abi.FUSE_EXPORT_SUPPORT | abi.FUSE_WRITEBACK_CACHE | abi.FUSE_POSIX_ACL | abi.FUSE_HANDLE_KILLPRIV_V2
     assert everything["flags"] & only_if_asked == 0
     assert everything["flags2"] << 32 == abi.FUSE_CREATE_SUPP_GROUP | abi.FUSE_ALLOW_IDMAP
+
+
+@pytest.mark.parametrize("killpriv_v2", [False, True])
+@pytest.mark.parametrize("may_map", [False, True])
+def test_a_guest_that_tells_no_caller_truncates_by_itself_or_says_what_is_to_go(make_worker, killpriv_v2, may_map):
+    worker = make_worker(features=Features(killpriv_v2=killpriv_v2))
+    offered = abi.FUSE_INIT_EXT | abi.FUSE_ATOMIC_O_TRUNC | abi.FUSE_HANDLE_KILLPRIV_V2
+    got = agreed(init(worker, flags=offered, flags2=may_map * abi.FUSE_ALLOW_IDMAP >> 32))
+    maps = bool(got["flags2"] << 32 & abi.FUSE_ALLOW_IDMAP)
+    assert maps == (may_map and not killpriv_v2)
+    assert bool(got["flags"] & abi.FUSE_ATOMIC_O_TRUNC) == (not maps)
 
 
 def test_the_flags_of_a_guest_before_7_36_end_where_its_request_ends(fresh):

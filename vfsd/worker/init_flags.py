@@ -14,7 +14,6 @@ from vfsd.wire import fuse_abi as abi
 # Taken whenever the guest offers them.
 _ALWAYS = (
     abi.FUSE_ASYNC_READ
-    | abi.FUSE_ATOMIC_O_TRUNC
     | abi.FUSE_BIG_WRITES
     | abi.FUSE_HAS_IOCTL_DIR
     | abi.FUSE_AUTO_INVAL_DATA
@@ -46,8 +45,10 @@ def agree(offered: int, features: Features, *, readdirplus: bool) -> Agreement:
         (abi.FUSE_WRITEBACK_CACHE, features.writeback),
         (abi.FUSE_DIRECT_IO_ALLOW_MMAP, features.allow_mmap),
         (abi.FUSE_HANDLE_KILLPRIV_V2, features.killpriv_v2),
-        # A guest that may have id-mapped mounts tells no more who allocates or copies: then set-id bits could not be right.
+        # A guest that may have id-mapped mounts tells no more who opens, allocates or copies. With killpriv-v2 set-id bits could
+        # not be right then; without, they are where the guest's kernel truncates by a SETATTR of its own.
         (abi.FUSE_ALLOW_IDMAP, not features.killpriv_v2),
+        (abi.FUSE_ATOMIC_O_TRUNC, features.killpriv_v2 or not offered & abi.FUSE_ALLOW_IDMAP),
     ):
         wanted |= flags if asked else 0
     for option, flags, wish in (

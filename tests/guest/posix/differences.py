@@ -45,7 +45,11 @@ def without_idle_set_gid(record: str) -> str:
 
 
 def without_access_times(record: str) -> str:
-    return re.sub(r"'atime -?\d+', ", "", record)
+    return re.sub(r", 'atime -?\d+'", "", record)
+
+
+def with_one_error_for_directories(record: str) -> str:
+    return record.replace("EISDIR", "EINVAL")
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,13 @@ DIFFERENCES = [
         "lseek(SEEK_DATA, SEEK_HOLE) of a directory: the guest's kernel answers itself, by the directory's size",
         r" \| .*'seek', '.', \d+, '(DATA|HOLE)'\)$",
         on_host="[9223372036854775807, {}]",
+    ),
+    Difference(
+        "walk",
+        "read(2) of a directory after such a lseek: beyond the largest offset there is, the host's kernel does not get to EISDIR",
+        r"^walk .* \| .*'read', '.', \d+\)$",
+        leaving_out=with_one_error_for_directories,
+        on_host="['EINVAL'",
     ),
     Difference(
         "walk",
