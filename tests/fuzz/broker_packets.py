@@ -134,7 +134,7 @@ def one_input(data: bytes) -> None:
         assert rig.bench.log.bugs == []
         assert rig.bench.share.store.held == 1
         assert len(rig.bench.share.files) == 0
-        assert len(rig.bench.server._lock_waits) == 0
+        assert len(rig.bench.server._locks.waits) == 0
         assert open_fd_count() == rig.fds, "a descriptor was lost"
         rig.bench.log.lines.clear()
 
@@ -201,7 +201,7 @@ class _Run:
                 return
 
     def _greeted(self) -> set[int]:
-        return {link.index for link in self._rig.bench.server._links.values() if link.greeted}
+        return {link.index for link in self._rig.bench.server.links._by_fd.values() if link.greeted}
 
     def _packet(self) -> bytes:
         provider = self._provider

@@ -76,7 +76,7 @@ class _Rig:
         assert self.bench.breaches == []
         assert len(self.bench.share.files) == 0
         assert self.bench.share.store.held == 1
-        assert len(self.bench.server._lock_waits) == 0
+        assert len(self.bench.server._locks.waits) == 0
         assert open_fd_count() == self.fds, "a descriptor was lost"
         self.worker.queue.pushed.clear()
         self.worker.log.lines.clear()

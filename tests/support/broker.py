@@ -162,7 +162,7 @@ class FakeWorker:
         self.replies: dict[int, Got] = {}
         self._next_id = 0
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        bench.server.add_worker(index, OwnedFd(theirs.detach()))
+        bench.server.links.add(index, OwnedFd(theirs.detach()))
 
     def send(self, *messages: wire.Request, session: int | None = None) -> list[int]:
         """One packet; the request ids."""
@@ -269,9 +269,9 @@ class Bench:
         self.breaches: list[tuple[int, str]] = []
         self.deaf = False  # the supervisor's channel is full
         self.server = Server(self.log, self._take_report)
-        self._epoll = self.server._epoll
-        self.server._epoll = _Impatient(self._epoll)
-        self.share = open_share(path, self.log, self.server.notify, **settings)
+        self._epoll = self.server.links._epoll
+        self.server.links._epoll = _Impatient(self._epoll)
+        self.share = open_share(path, self.log, self.server.links.notify, **settings)
         self.server.serve(self.share)
         self.workers: list[FakeWorker] = []
 
@@ -324,11 +324,11 @@ class Bench:
         for worker in self.workers:
             worker.close()
         self.pump()
-        assert self.server._links == {}
-        assert self.server._by_index == {}
+        assert self.server.links._by_fd == {}
+        assert self.server.links.by_index == {}
         close_share(self.share)
         self._epoll.close()
-        os.close(self.server._wake_fd)
+        os.close(self.server.links._wake_fd)
         assert self.log.bugs == []
 
 

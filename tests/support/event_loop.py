@@ -47,7 +47,7 @@ class Loop:
         self.control, control = pair(wire.WORKER_TO_CONTROL, wire.CONTROL_TO_WORKER)
         self.supervisor, supervisor = pair(wire.WORKER_TO_SUPERVISOR, wire.SUPERVISOR_TO_CHILD)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.bench.server.add_worker(0, OwnedFd(theirs.detach()))
+        self.bench.server.links.add(0, OwnedFd(theirs.detach()))
         self.broker = BrokerClient(OwnedFd(ours.detach()))
         self.log = RecordingLog()
         self.pool = EndingIoPool()

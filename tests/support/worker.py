@@ -141,7 +141,7 @@ class Worker:
         self.bench = bench
         self.log = RecordingLog()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        bench.server.add_worker(index, OwnedFd(theirs.detach()))
+        bench.server.links.add(index, OwnedFd(theirs.detach()))
         self.broker = BrokerClient(OwnedFd(ours.detach()))
         self.pool = EndingIoPool()
         self.pool.start()

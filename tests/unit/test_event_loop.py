@@ -254,8 +254,8 @@ def test_stop_ends_the_loop(loop):
 @pytest.mark.parametrize("who", ["supervisor", "control", "broker"])
 def test_a_peer_that_is_gone_ends_the_loop(loop, who):
     if who == "broker":
-        (link,) = loop.bench.server._links.values()
-        loop.bench.server._remove(link)
+        (link,) = loop.bench.server.links._by_fd.values()
+        loop.bench.server.remove(link)
     else:
         getattr(loop, who).close()
     loop.thread.join(PATIENCE)

@@ -23,7 +23,7 @@ def bench(tmp_path):
     bench = Bench(tmp_path)
     yield bench
     bench.close()
-    assert len(bench.server._lock_waits) == 0
+    assert len(bench.server._locks.waits) == 0
 
 
 @pytest.fixture

@@ -220,7 +220,7 @@ def test_what_is_still_being_done_is_waited_for(bench, monkeypatch, tmp_path):
     def slow(share, call, message):
         first.close()
         bench.workers.remove(first)
-        bench.server._remove(bench.server._by_index[0])
+        bench.server.remove(bench.server.links.by_index[0])
         successor = bench.add(0)
         seen.append((successor, successor.send_once(message, *SLOT)))
         bench.pump()
@@ -249,7 +249,7 @@ def test_a_listing_that_is_still_being_looked_up_is_taken_back_when_it_is_done(b
             seen.append(first)
             first.close()
             bench.workers.remove(first)
-            bench.server._remove(bench.server._by_index[0])
+            bench.server.remove(bench.server.links.by_index[0])
             successor = bench.add(0)
             seen[:] = [(successor, successor.ask_once(message, *SLOT))]
         return row.handler(share, call, asked)

@@ -91,7 +91,7 @@ def test_descriptors_are_a_breach(bench, worker):
 def test_a_worker_that_leaves_is_no_breach(bench, worker):
     worker.socket.close()
     bench.pump()
-    assert bench.server._by_index == {}
+    assert bench.server.links.by_index == {}
     assert bench.breaches == []
     assert bench.log.errors == []
 
@@ -107,7 +107,7 @@ def test_many_requests_in_a_packet_are_answered_in_one(bench, worker):
 
 def test_messages_without_an_answer_are_acknowledged_in_time(bench, worker):
     """The worker may have four packets outstanding; it must hear of their being consumed although none is answered."""
-    already = bench.server._by_index[0].consumed
+    already = bench.server.links.by_index[0].consumed
     for _ in range(wire.MAX_OUTSTANDING_PACKETS):
         worker.send(wire.Forget([77, 1]))
         bench.pump()
@@ -154,7 +154,7 @@ def test_a_late_answer_goes_out_by_itself(bench, worker):
 
 def flood(bench, worker):
     """Ask without reading until the broker's answers no longer fit the socket."""
-    link = bench.server._by_index[worker.index]
+    link = bench.server.links.by_index[worker.index]
     while not link.has_queue:
         worker.send(*[wire.LookupMany(ROOT_NODEID, [b"missing"] * 200)] * 20)
         bench.pump()
@@ -236,7 +236,7 @@ def test_a_worker_that_does_not_read_for_ten_seconds_is_in_breach(bench, worker)
     bench.server.tick(since + UNREAD_SECONDS + 0.01)
     bench.pump()
     assert [index for index, _ in bench.breaches] == [0]
-    assert bench.server._links == {}
+    assert bench.server.links._by_fd == {}
 
 
 # --- sessions -------------------------------------------------------------------------------------------------------
@@ -294,10 +294,10 @@ def test_a_worker_that_leaves_need_not_acknowledge(bench):
 def test_a_worker_that_leaves_just_as_the_session_changes_need_not_acknowledge(bench, monkeypatch):
     """Between the look at who is there and the beginning of the wait."""
     first, second = bench.add(0), bench.add(1)
-    begin, link = bench.server._changes.begin, bench.server._by_index[1]
+    begin, link = bench.server._changes.begin, bench.server.links.by_index[1]
 
     def begin_a_moment_later(*arguments):
-        bench.server._remove(link)
+        bench.server.remove(link)
         return begin(*arguments)
 
     monkeypatch.setattr(bench.server._changes, "begin", begin_a_moment_later)

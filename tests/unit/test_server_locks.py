@@ -35,9 +35,9 @@ def clock(monkeypatch):
 def bench(tmp_path, clock):
     bench = Bench(tmp_path)
     yield bench
-    assert all(link.unanswered == 0 for link in bench.server._links.values())
+    assert all(link.unanswered == 0 for link in bench.server.links._by_fd.values())
     bench.close()
-    assert len(bench.server._lock_waits) == 0
+    assert len(bench.server._locks.waits) == 0
     assert len(bench.share.locks) == 0
 
 
@@ -201,7 +201,7 @@ def test_who_waits_is_tried_again_when_the_broker_drops_a_lock(worker, file, how
 def test_a_waiting_request_keeps_no_packet_and_no_answer_waiting(worker, file):
     worker.ask_ok(set_lock(file, 1, WRITE))
     (waits,) = waiting(worker, set_lock(file, 2, WRITE, wait=1))
-    link = worker.bench.server._by_index[0]
+    link = worker.bench.server.links.by_index[0]
     assert link.unanswered == 0
     for _ in range(2 * wire.MAX_OUTSTANDING_PACKETS):
         worker.ask_ok(wire.StatFs(1))
@@ -228,7 +228,7 @@ def test_a_worker_that_is_gone_gets_no_lock(bench, worker, file):
     bench.workers.remove(other)
     worker.ask_ok(wire.Flush(*file, 1))
     worker.ask_ok(set_lock(file, 3, WRITE))
-    assert len(bench.server._lock_waits) == 0
+    assert len(bench.server._locks.waits) == 0
 
 
 def test_one_request_id_is_one_request(worker, file):

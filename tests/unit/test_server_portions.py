@@ -75,7 +75,7 @@ def test_the_rest_of_a_packet_ends_with_its_worker(bench, workers):
     greedy, modest = workers
     greedy.send(*[STATFS] * (PORTION + 1))
     assert next_turn(bench) == (0, PORTION)
-    link = bench.server._by_index[0]
+    link = bench.server.links.by_index[0]
     bench.server._condemn(link, "for the test")
     bench.pump()
     assert not link.rest
@@ -93,7 +93,7 @@ def opened(bench, workers, tmp_path):
 
 def stop_reading(bench, worker, message):
     """Have the broker answer until it goes on only when the worker reads. Its link."""
-    link = bench.server._by_index[worker.index]
+    link = bench.server.links.by_index[worker.index]
     while not link.rest:
         worker.send(*[message] * wire.MAX_REQUESTS_PER_PACKET)
         bench.pump()
@@ -117,7 +117,7 @@ def test_a_worker_that_dies_with_the_rest_of_a_packet_waiting_leaves_nothing(ben
     stop_reading(bench, workers[0], wire.Fetch(*opened))
     workers[0].socket.close()
     bench.pump()
-    assert list(bench.server._by_index) == [1]
+    assert list(bench.server.links.by_index) == [1]
     assert bench.breaches == []
 
 

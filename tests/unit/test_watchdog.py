@@ -93,7 +93,7 @@ def test_a_worker_it_is_given_is_served(supervisor, bench):
         channel.send(AddWorker(4), [fd])
     channel.send(Stop())
     watchdog.watch(Pool())
-    assert set(bench.server._by_index) == {4}
+    assert set(bench.server.links.by_index) == {4}
     worker = bench.add(5)
     assert worker.errno_of(Hello(1)) == 0
     ours.close()

@@ -77,7 +77,7 @@ def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
         writeback=config.writeback,
         ids=ids,
     )
-    server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.notify, closer, whereabouts, reaper.wake))
+    server.serve(Share(root.root, root.proc_self_fd, settings, credentials, log, server.links.notify, closer, whereabouts, reaper.wake))
     # No request makes cycles (see errors.drop_traceback), and a collection over a million inodes would be a pause that every guest feels.
     gc.collect()
     gc.freeze()

@@ -7,27 +7,21 @@ breaks costs that worker its link, nothing else. What vfsd itself breaks costs o
 from __future__ import annotations
 
 import errno
-import os
 import select
-import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from fcntl import F_UNLCK
 
-from vfsd.broker.answers import Answer, Call, Granted, WouldWait
-from vfsd.broker.lock_waits import LockWaits
-from vfsd.broker.locks_in_use import LocksInUse
+from vfsd.broker.answers import Answer, Call, Granted
+from vfsd.broker.links import Links
+from vfsd.broker.lock_requests import LockRequests
 from vfsd.broker.once import Once
-from vfsd.broker.portions import take_portion
 from vfsd.broker.requests import HANDLERS
 from vfsd.broker.session_change import SessionChange
 from vfsd.broker.share import Share
 from vfsd.broker.whereabouts import NOWHERE, Place
 from vfsd.broker.worker_link import UNREAD_SECONDS, Outcome, Task, WorkerLink
 from vfsd.errors import ReplyErrno, WorkerBreach, drop_traceback
-from vfsd.fds import OwnedFd
 from vfsd.log import ChildLog
 from vfsd.wire import broker_messages as wire
 
@@ -42,32 +36,22 @@ class Server:
         self._log = log
         self._report_breach = report_breach
         self._share: Share | None = None
-        self._epoll = select.epoll()
-        self._links: dict[int, WorkerLink] = {}  # by descriptor
-        self._by_index: dict[int, WorkerLink] = {}
-        self._ready: deque[tuple[int, int]] = deque()
-        self._unfinished: deque[int] = deque()  # descriptors of links with the rest of a packet to be done
-        self._interest: dict[int, int] = {}
-        self._successors: dict[int, WorkerLink] = {}  # of workers that died, whose last packets are not read yet
-        self._links_lock = threading.Lock()
+        self.links = Links(lambda index, sock: WorkerLink(index, sock, self.share.lock, self._still_granted))
         self._unreported: deque[tuple[int, str]] = deque()
         self._condemned: deque[tuple[WorkerLink, str]] = deque()
         self._leader_calls: deque[Callable[[], None]] = deque()
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._turn_link: WorkerLink | None = None
         self._outcomes: list[Outcome] = []
         self._strays: list[tuple[WorkerLink, Outcome]] = []  # of lock requests that were tried again: of any worker
         self._changes = SessionChange()
-        self._lock_waits = LockWaits(self._wake)
-        self._once = Once(self._attempt, lambda link, outcomes: self._post(link, outcomes, []))
-        self._locks_in_use = LocksInUse()
+        self._locks = LockRequests(self.links)
+        self._once = Once(self._attempt, lambda link, outcomes: self.links.post(link, outcomes, []))
         self.generation = 0  # counts sessions and links that ended
 
     def serve(self, share: Share) -> None:
         self._share = share
-        share.locks.freed = self._lock_waits.wake
-        share.queued_copies = lambda: sum(link.queued_fds for link in list(self._by_index.values()))
+        share.locks.freed = self._locks.waits.wake
+        share.queued_copies = lambda: sum(link.queued_fds for link in self.links.all())
 
     @property
     def share(self) -> Share:
@@ -77,81 +61,23 @@ class Server:
 
     # --- links -------------------------------------------------------------------------------------------------------
 
-    def add_worker(self, index: int, fd: OwnedFd) -> None:
-        """Serve another worker; in place of one that died only when all that one had sent is done."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd.detach())
-        link = WorkerLink(index, sock, self.share.lock, self._still_granted)
-        with self._links_lock:
-            if index not in self._by_index:
-                self._listen_to(link)
-                return
-            superseded = self._successors.pop(index, None)
-            self._successors[index] = link
-        if superseded is not None:  # it died as well, before it could say a word
-            superseded.close()
-
-    def _listen_to(self, link: WorkerLink) -> None:
-        """Under the lock of links."""
-        self._links[link.fileno()] = link
-        self._by_index[link.index] = link
-        self._interest[link.fileno()] = select.EPOLLIN
-        self._epoll.register(link.fileno(), select.EPOLLIN)
-
-    def _remove(self, link: WorkerLink) -> None:
+    def remove(self, link: WorkerLink) -> None:
         """The leader's alone: nobody else may be receiving from it."""
-        with self._links_lock:
-            if link.closed:
-                return
-            fd = link.fileno()
-            del self._links[fd]
-            del self._interest[fd]
-            if self._by_index.get(link.index) is link:
-                del self._by_index[link.index]
-            self._epoll.unregister(fd)
-            link.close()
-            link.rest = deque()
-            successor = self._successors.pop(link.index, None)
-            if successor is not None:
-                self._listen_to(successor)
-        self.generation += 1
-        self._settle_change(self._changes.gone(link))
-        self._locks_in_use.gone(link)
-        self._lock_waits.wake_all()  # its own go, and others may have waited for its acknowledgement
+        if self.links.remove(link):
+            self.generation += 1
+            self._settle_change(self._changes.gone(link))
+            self._locks.gone(link)
 
     def _breach(self, link: WorkerLink, text: str) -> None:
         self._log.error(f"worker {link.index} broke the broker protocol: {text}")
         self._unreported.append((link.index, text))
-        self._remove(link)
+        self.remove(link)
         self._report()
 
     def _report(self) -> None:
         """Tell the supervisor of breaches: it ends those workers. What it does not take now comes again with the next tick."""
         while self._unreported and self._report_breach(*self._unreported[0]):
             self._unreported.popleft()
-
-    def _update_interest(self, link: WorkerLink) -> None:
-        """Read unless it is congested, wait for room if packets wait."""
-        with self._links_lock:
-            # Looked at under the lock: whoever changes the queue comes here after it, so the last one sees how it is.
-            writable = select.EPOLLOUT if link.has_queue and not link.starved else 0
-            wanted = (0 if link.congested else select.EPOLLIN) | writable
-            if not link.closed and self._interest[link.fileno()] != wanted:
-                self._epoll.modify(link.fileno(), wanted)
-                self._interest[link.fileno()] = wanted
-            if link.waits_with_rest and not link.clogged:
-                link.waits_with_rest = False
-                self._unfinished.append(link.fileno())
-                self._wake()
-
-    def notify(self, workers: int, notice: wire.Notice) -> None:
-        """Queue a notice to the workers whose bits are set."""
-        for index, link in list(self._by_index.items()):
-            if workers >> index & 1:
-                self._post(link, [], [notice])
-
-    def _post(self, link: WorkerLink, outcomes: list[Outcome], notices: list[wire.Notice]) -> None:
-        link.post(outcomes, notices)
-        self._update_interest(link)
 
     def _still_granted(self, worker: int, outcome: Outcome) -> bool:
         """Enter a grant if what it belongs to still lives. Called under the share's lock."""
@@ -170,37 +96,31 @@ class Server:
 
     def tick(self, now: float) -> None:
         """The watchdog's slower duties: workers that do not read or do not acknowledge, descriptors nobody uses."""
-        for link in list(self._by_index.values()):
+        for link in self.links.all():
             if link.starved:
-                link.flush()
-                self._update_interest(link)
+                self.links.flush(link)
             if link.unread_for(now) > UNREAD_SECONDS:
                 self._condemn(link, f"has not read its replies for {UNREAD_SECONDS:.0f} s")
         for link in self._changes.overdue(now):
             self._condemn(link, "has not acknowledged a new session")
-        for link in self._locks_in_use.overdue(now):
+        for link in self._locks.overdue(now):
             self._condemn(link, "has not acknowledged that locks are in use")
         if self._unreported:
-            self._wake()
+            self.links.wake()
         self.share.paths.sweep(now)
 
     def _condemn(self, link: WorkerLink, text: str) -> None:
         """Have the leader end a link: a socket must not be closed under its hands."""
         self._condemned.append((link, text))
-        self._wake()
+        self.links.wake()
 
     def have_leader_call(self, function: Callable[[], None]) -> None:
         """Once, between two packets, from any thread; the same wish twice at once is one."""
         if function not in self._leader_calls:
             self._leader_calls.append(function)
-        self._wake()
-
-    def _wake(self) -> None:
-        """Have the leader look around, from any thread."""
-        os.eventfd_write(self._wake_fd, 1)
+        self.links.wake()
 
     def _look_around(self) -> None:
-        os.eventfd_read(self._wake_fd)
         while self._leader_calls:
             self._leader_calls.popleft()()
         while self._condemned:
@@ -213,48 +133,29 @@ class Server:
 
     def next_turn(self) -> deque[Task]:
         while True:
-            if not self._ready and (due := self._wait_for_work()):
-                return due
-            if not self._ready:
+            event = self.links.next_event()
+            if event is None:
+                due = self._locks.waits.take_due()
+                self.links.poll(0 if due else self._locks.waits.seconds())  # also if some are due: these are not to starve the others
+                if due:
+                    return due
                 continue
-            fd, events = self._ready.popleft()
-            if fd == self._wake_fd:
+            link, events = event
+            if link is None:
                 self._look_around()
-            link = self._links.get(fd)
-            tasks = self._hear(link, events) if link is not None else None
-            if tasks:
+            elif tasks := self._hear(link, events):
                 self._turn_link = link
                 return tasks
-
-    def _wait_for_work(self) -> deque[Task]:
-        """Wait for something to do; lock requests that are due."""
-        due = self._lock_waits.take_due()
-        self._ready.extend(self._epoll.poll(0 if due or self._unfinished else self._lock_waits.seconds()))
-        while self._unfinished:  # after everybody who has come meanwhile
-            self._ready.append((self._unfinished.popleft(), 0))
-        return due
 
     def _hear(self, link: WorkerLink, events: int) -> deque[Task] | None:
         """The next requests of one worker; `events` 0: of the rest of its packet, whose turn has come."""
         if events & ~select.EPOLLIN:  # at its end too: what waits for it goes
-            link.flush()
-            self._update_interest(link)
+            self.links.flush(link)
         if events & ~select.EPOLLOUT and not link.rest:
             link.rest = self._receive(link) or deque()
         elif events:
             return None
-        return self._next_portion(link)
-
-    def _next_portion(self, link: WorkerLink) -> deque[Task]:
-        """Nothing while the worker must read first."""
-        with self._links_lock:
-            link.waits_with_rest = bool(link.rest) and link.clogged and not link.closed
-            if link.waits_with_rest:
-                return deque()
-        portion = take_portion(link.rest)
-        if link.rest:
-            self._unfinished.append(link.fileno())
-        return portion
+        return self.links.next_portion(link)
 
     def _receive(self, link: WorkerLink) -> deque[Task] | None:
         try:
@@ -262,7 +163,7 @@ class Server:
             if packet is None:
                 return None
             if not packet:
-                self._remove(link)
+                self.remove(link)
                 return None
             session, requests = wire.decode_requests(packet)
             if not link.greeted and requests[0][0].message is not wire.Hello:
@@ -287,9 +188,9 @@ class Server:
 
     def refuse(self, task: Task) -> None:
         if task.spec.message is wire.SetLock:
-            self._lock_waits.finished(task)
+            self._locks.waits.finished(task)
         task.link.settle()
-        self._post(task.link, [Outcome(task.request_id, errno.ESTALE, None)], [])
+        self.links.post(task.link, [Outcome(task.request_id, errno.ESTALE, None)], [])
 
     def run(self, task: Task) -> Callable[[bool], None]:
         outcome = self._serve(task)
@@ -299,7 +200,7 @@ class Server:
             if outcome is None:
                 return
             if late:
-                self._post(task.link, [outcome], [])
+                self.links.post(task.link, [outcome], [])
             elif task.link is self._turn_link:
                 self._outcomes.append(outcome)
             else:
@@ -311,10 +212,10 @@ class Server:
         link, outcomes = self._turn_link, self._outcomes
         self._turn_link, self._outcomes = None, []
         if link is not None and (outcomes or link.owes_acknowledgement):
-            self._post(link, outcomes, [])
+            self.links.post(link, outcomes, [])
         strays, self._strays = self._strays, []
         for link, outcome in strays:
-            self._post(link, [outcome], [])
+            self.links.post(link, [outcome], [])
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -323,6 +224,9 @@ class Server:
         if task.slot is not None and task.session == self.share.session:
             return self._once.serve(self.share, task, task.slot, self._answer)
         return self._attempt(task, self._answer_lock if task.spec.message is wire.SetLock else self._answer)
+
+    def _answer_lock(self, task: Task) -> Answer | None:
+        return self._locks.serve(self.share, task, self._answer)
 
     def _attempt(self, task: Task, answer_task: Callable[[Task], Answer | None]) -> Outcome | None:
         try:
@@ -350,40 +254,6 @@ class Server:
             raise ReplyErrno(errno.EROFS)
         return row.handler(self.share, Call(task.session, task.link.index), task.message)
 
-    # --- locks -------------------------------------------------------------------------------------------------------
-
-    def _answer_lock(self, task: Task) -> Answer | None:
-        """As `_answer`; None if it must wait, for the lock or for a worker to know of locks: the task comes again."""
-        if not self._lock_waits.begin(task):
-            raise ReplyErrno(errno.EINVAL)
-        try:
-            answer = self._answer(task) if self._all_know_of_locks(task) else None
-        except WouldWait as error:
-            drop_traceback(error)
-            answer = None
-        except Exception:
-            self._lock_waits.finished(task)
-            raise
-        if answer is None:
-            self._lock_waits.park(task)
-        else:
-            self._lock_waits.finished(task)
-        return answer
-
-    def _all_know_of_locks(self, task: Task) -> bool:
-        """Before the first POSIX lock of a session every worker must know that it asks for each FLUSH from now on."""
-        session, message = task.session, task.message
-        if message.flock or message.kind == F_UNLCK or session != self.share.session or self._locks_in_use.known(session):
-            return True
-        self.share.note_locks(session)
-        links = [link for link in list(self._by_index.values()) if link.greeted]
-        if self._locks_in_use.begin(session, links, time.monotonic()):
-            for link in links:
-                self._post(link, [], [wire.LocksNotice(session)])
-                if link.closed:  # it went before it could be waited for
-                    self._locks_in_use.gone(link)
-        return self._locks_in_use.known(session)
-
     # --- sessions ----------------------------------------------------------------------------------------------------
 
     def _change_session(self, task: Task) -> Answer | None:
@@ -396,11 +266,10 @@ class Server:
             self._settle_change(self._changes.acknowledged(message.session, task.link))
             return None
         if isinstance(message, wire.LocksAck):
-            self._locks_in_use.acknowledged(message.session, task.link)
-            self._lock_waits.wake_all()
+            self._locks.acknowledged(message.session, task.link)
             return None
         if isinstance(message, wire.CancelLock):
-            self._lock_waits.cancel(task.link, message.request_id)
+            self._locks.waits.cancel(task.link, message.request_id)
             return None
         self._begin_session(task, message.flags | wire.SESSION_ACTIVE if isinstance(message, wire.SessionStart) else 0)
         return None
@@ -409,21 +278,21 @@ class Server:
         """Wipe, tell every worker, and answer when all have dropped what was of the old session."""
         session = self.share.begin_session(flags)
         self.generation += 1
-        self._lock_waits.wake_all()  # what waits is of the session before, and refused
-        links = list(self._by_index.values())
+        self._locks.waits.wake_all()  # what waits is of the session before, and refused
+        links = self.links.all()
         # A worker that is only starting holds nothing yet; Hello tells it the session.
         greeted = [link for link in links if link.greeted]
         superseded = self._changes.begin(session, task, greeted, time.monotonic())
         if superseded is not None:
-            self._post(superseded.link, [Outcome(superseded.request_id, errno.ESTALE, None)], [])
+            self.links.post(superseded.link, [Outcome(superseded.request_id, errno.ESTALE, None)], [])
         if superseded is task:
             return
         for link in links:
-            self._post(link, [], [wire.SessionNotice(session, flags)])
+            self.links.post(link, [], [wire.SessionNotice(session, flags)])
             if link.closed:  # it went before it could be waited for
                 self._settle_change(self._changes.gone(link))
 
     def _settle_change(self, finished: Task | None) -> None:
         if finished is not None:
             fields = [self.share.session] if finished.spec.message is wire.SessionStart else []
-            self._post(finished.link, [Outcome(finished.request_id, 0, Answer(fields))], [])
+            self.links.post(finished.link, [Outcome(finished.request_id, 0, Answer(fields))], [])

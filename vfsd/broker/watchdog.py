@@ -72,7 +72,7 @@ class Watchdog:
             return True
         match received.message:
             case AddWorker(index):
-                self._server.add_worker(index, received.fds[0])
+                self._server.links.add(index, received.fds[0])
             case AreYouWell():
                 self._show_life(pool)
             case Stop():
