@@ -16,12 +16,14 @@ from vfsd.fds import OwnedFd
 from vfsd.log import ChildLog
 from vfsd.wire.channel import MAX_FAILED_TEXT, SUPERVISOR_TO_CHILD, Failed, bounded
 
-_RESERVE_BYTES = 1 << 20
+# In blocks that malloc takes from the heap. One large block would be mapped by itself, and what is given back of that goes to
+# the kernel, from which a confined role gets nothing.
+_RESERVE_BLOCKS, _RESERVE_BLOCK_BYTES = 16, 64 << 10
 
 
 def run_role(config: RoleConfig, role: str, body: Callable[[Channel, ChildLog], None]) -> NoReturn:
     """Run `body(supervisor_channel, log)` and exit: 0 when it returns, 1 when it fails."""
-    reserve = bytearray(_RESERVE_BYTES)
+    reserve = [bytearray(_RESERVE_BLOCK_BYTES) for _ in range(_RESERVE_BLOCKS)]
     channel = Channel.from_fd(OwnedFd(config.channel_fd), SUPERVISOR_TO_CHILD)
     log = ChildLog(channel, config.log_level)
     status = 1
@@ -33,7 +35,7 @@ def run_role(config: RoleConfig, role: str, body: Callable[[Channel, ChildLog], 
     except ChannelClosed:
         status = 0  # the supervisor is gone, and with it the reason to run
     except Exception as error:  # noqa: BLE001  # the last boundary: anything that gets here is a bug of ours
-        del reserve[:]  # so that there is memory to say that there was none
+        reserve.clear()  # so that there is memory to say that there was none
         log.bug(role, error)
     finally:
         os._exit(status)

@@ -13,7 +13,9 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
+from vfsd import role
 from vfsd.errors import ConfigError
 from vfsd.sandbox import capabilities, census, lockdown, memory, namespaces, syscalls, user_namespace
 from vfsd.sandbox.seccomp_load import load_filter
@@ -22,6 +24,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 PAGE = 4096
 PAGES = 4
+_may_end = threading.Semaphore(0)  # what the threads of attempt_end_thread wait for
 STATUS_FD = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)  # what it says is of the moment of reading
 
 
@@ -83,13 +86,14 @@ def lock(spec) -> None:
             supervisor_pidfd=spec["supervisor_pidfd"],
             may_drop_groups=not spec["user_namespace"],
         ),
-        start_threads=lambda: start_threads(spec["threads"]),
+        start_threads=lambda: start_threads(spec),
     )
 
 
-def start_threads(number: int) -> None:
-    for _ in range(number):
-        threading.Thread(target=select.epoll().poll, daemon=True).start()
+def start_threads(spec) -> None:
+    for _ in range(spec["threads"]):
+        waits = _may_end.acquire if spec["attempt"] == "end_thread" else select.epoll().poll
+        threading.Thread(target=waits, daemon=True).start()
 
 
 def is_open(fd: int) -> bool:
@@ -193,6 +197,30 @@ def attempt_churn(spec, share, result_fd):
             kept = [bytearray(size // 10) for _ in range(10)]
             del kept
     return len([{"n": number} for number in range(20_000)])
+
+
+def attempt_end_thread(spec, share, result_fd):
+    """Let the only other thread end, and wait for it."""
+    _may_end.release()
+    threading.enumerate()[1].join()
+    return "the thread has ended"
+
+
+def attempt_use_up_memory(spec, share, result_fd):
+    """Run a role, confined by itself, until no memory is left, not even for small objects. Its channel is the first descriptor."""
+
+    def body(channel, log):
+        lock({**spec, "lock": True})
+        blocks, size = [], 1 << 24
+        while True:
+            try:
+                blocks.append(bytearray(size))
+            except MemoryError:
+                if size < 32:
+                    raise  # with all that was taken, as the traceback holds this frame
+                size //= 2
+
+    role.run_role(SimpleNamespace(channel_fd=spec["fds"][0], log_level=3), spec["role"], body)
 
 
 def attempt_map_shared(spec, share, result_fd):

@@ -4,6 +4,7 @@ import errno
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ from tests.security.sandbox import (
 )
 from vfsd.sandbox.capabilities import NAMES
 from vfsd.sandbox.census import take_census
+from vfsd.wire.channel import MAX_PACKET, WORKER_TO_SUPERVISOR, Log, decode_message
 
 ORDINARY_USER = 1000
 POWERLESS = {"worker": worker, "control": control}
@@ -232,6 +234,18 @@ def test_a_confined_process_shows_its_memory_to_nobody_of_its_own_uid(sandbox: S
 def test_memory_runs_out_cleanly(sandbox: Sandbox):
     assert sandbox.run(worker(attempt="large_allocation")).memory_error
     assert sandbox.run(control(attempt="large_allocation")).memory_error
+
+
+@pytest.mark.parametrize("made", [worker, control], ids=["worker", "control"])
+def test_a_role_that_has_no_memory_left_can_still_say_so(sandbox: Sandbox, made):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.settimeout(0)
+        spec = made(attempt="use_up_memory", lock=False, fds=[theirs.fileno()], ends=1)
+        sandbox.run(spec)
+        message = decode_message(ours.recv(MAX_PACKET), 0, WORKER_TO_SUPERVISOR)
+    assert isinstance(message, Log)
+    assert message.text.startswith(f"bug in {spec.role}: MemoryError at ".encode())
 
 
 def test_ordinary_allocations_fit_into_the_heap_taken_before(sandbox: Sandbox):
