@@ -24,7 +24,6 @@ FUTEX_WAIT_PRIVATE, FUTEX_WAKE_PRIVATE, FUTEX_WAIT_BITSET_PRIVATE = 128, 129, 13
 EPOLL_CTL_DEL = 2
 PROT_RW = 3
 MAP_SHARED, MAP_PRIVATE_ANONYMOUS = 0x01, 0x22
-MADV_DONTNEED = 4
 MREMAP_MAYMOVE = 1
 AT_SYMLINK_FOLLOW, AT_EMPTY_PATH = 0x400, 0x1000
 THIS_INODE = AT_EMPTY_PATH | 0x100  # and AT_SYMLINK_NOFOLLOW
@@ -84,7 +83,6 @@ LIFE = [
     case(("clock_gettime", CLOCK_MONOTONIC, "buf:time"), gives=0),
 ]
 THREADS = [
-    case(("exit", 7), ends=7),
     fails(errno.EAGAIN, ("futex", "buf:word", FUTEX_WAIT_PRIVATE, 1, 0)),
     case(("futex", "buf:word", FUTEX_WAKE_PRIVATE, 1), gives=0),
     fails(errno.EAGAIN, ("futex", "buf:word", FUTEX_WAIT_BITSET_PRIVATE, 1, 0, 0, 0xFFFFFFFF)),
@@ -122,7 +120,6 @@ SEND = case(("sendto", Fd.SOCKET, "buf:bytes", 0, socket.MSG_DONTWAIT, 0, 0), gi
 WORKER = [
     case(("mmap", 0, PAGE, PROT_RW, MAP_SHARED, Fd.MEMFD, 0)),
     fails(errno.ENOSYS, ("newfstatat", Fd.DIRECTORY, "text:file", "buf:stat", 0)),
-    fails(errno.ENOMEM, ("madvise", "page:0", PAGE, MADV_DONTNEED)),
     DUPLICATE,
     case(("preadv2", Fd.FILE, "buf:vector", 1, 0, 0, 0), gives=0),
     case(("pwritev2", Fd.FILE, "buf:vector", 1, 0, 0, 0), gives=0),
@@ -187,9 +184,7 @@ BROKER = [
     case(("setgroups", 0, 0), gives=0),
     case(("capset", CAPABILITY_HEADER, "buf:nothing"), gives=0),
     case(("mmap", 0, PAGE, PROT_RW, MAP_PRIVATE_ANONYMOUS, UNCHANGED, 0)),
-    case(("mprotect", "page:0", PAGE, PROT_RW), gives=0),
     case(("mremap", "page:0", PAGE, 2 * PAGE, MREMAP_MAYMOVE)),
-    case(("madvise", "page:0", PAGE, MADV_DONTNEED), gives=0),
     case(("munmap", "page:0", PAGE), gives=0),
     case(("brk", 0)),
 ]

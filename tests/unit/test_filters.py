@@ -43,8 +43,8 @@ def edited(tmp_path):
 
 
 EXECUTABLE = (
-    '"arg2 only PROT_READ|PROT_WRITE", "arg3 only MAP_PRIVATE',
-    '"arg2 only PROT_READ|PROT_WRITE|PROT_EXEC", "arg3 only MAP_PRIVATE',
+    '"arg2 == PROT_READ|PROT_WRITE", "arg3 == MAP_PRIVATE',
+    '"arg2 only PROT_READ|PROT_WRITE|PROT_EXEC", "arg3 == MAP_PRIVATE',
 )
 NO_BPF = ('  { syscall = "bpf", used_by = "nobody", reason = "kernel programs; a large attack surface" },\n', "")
 

@@ -36,13 +36,12 @@ NEVER = """
     unshare setns  fsopen fsmount open_tree move_mount mount_setattr bpf io_uring_setup io_uring_enter userfaultfd
     process_vm_readv process_vm_writev  pidfd_open pidfd_getfd pidfd_send_signal kill tkill tgkill prctl seccomp open
     creat openat2 stat lstat access chmod chown  setuid setgid setreuid setregid setfsuid setfsgid perf_event_open keyctl
-    init_module memfd_create shmat
+    init_module memfd_create shmat  exit mprotect madvise
 """.split()  # noqa: SIM905  # sixty lines of list are no clearer
 
 ONLY_THE_BROKER = """
     openat open_by_handle_at name_to_handle_at statx readlinkat mkdirat unlinkat renameat2 linkat symlinkat mknodat fchownat
     fchmodat  utimensat faccessat faccessat2 ioctl getxattr setxattr listxattr removexattr chdir fchdir setresuid setresgid setgroups capset umask
-    mprotect
 """.split()  # noqa: SIM905  # sixty lines of list are no clearer
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers and the emulated architecture are x86_64's")
