@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from vfsd.sandbox.census import NAMESPACES, ProcessCensus, take_census
 from vfsd.sandbox.seccomp import load_policy
-from vfsd.sandbox.seccomp_policy import Role
+from vfsd.sandbox.seccomp_policy import RolePolicy
 
 CAPABILITIES_WIDTH = 44
 HEADINGS = ("PROCESS", "PID", "THREADS", "UID", "SECCOMP", "SYSCALLS", "FDS", "OWN NAMESPACES", "CAPABILITIES")
@@ -32,7 +32,7 @@ def role_of(pid: int) -> str:
     return {"vfsd.broker": "broker", "vfsd.worker.control": "control", "vfsd.worker": "worker"}.get(module, "supervisor")
 
 
-def _rows(census: ProcessCensus, role: str, policy: dict[str, Role], ours: ProcessCensus) -> Iterator[list[str]]:
+def _rows(census: ProcessCensus, role: str, policy: dict[str, RolePolicy], ours: ProcessCensus) -> Iterator[list[str]]:
     """A process, and as many further lines as its capabilities take."""
     capabilities = sorted({name for thread in census.threads for name in (*thread.permitted, *thread.effective)})
     lines = textwrap.wrap(" ".join(capabilities), CAPABILITIES_WIDTH) or ["none"]
@@ -52,7 +52,7 @@ def _rows(census: ProcessCensus, role: str, policy: dict[str, Role], ours: Proce
         yield [""] * (len(HEADINGS) - 1) + [line]
 
 
-def _allowed(role: Role) -> str:
+def _allowed(role: RolePolicy) -> str:
     """How many system calls the role's filter lets through, with whatever arguments."""
     rules = role.rules_for(platform.machine())
     if role.default == "allow":

@@ -21,7 +21,7 @@ from vfsd.sandbox.lockdown import Confinement
 CacheMode = Literal["auto", "always", "metadata", "never"]
 SandboxMode = Literal["namespace", "chroot", "none"]
 Wish = Literal["off", "auto", "on"]  # auto: if the guest can; on: a guest that cannot is refused
-SeccompAction = Literal["kill", "log", "trap", "none"]
+SeccompMode = Literal["kill", "log", "trap", "none"]
 HandleMode = Literal["never", "prefer", "mandatory"]
 
 MAX_TAG_BYTES = 36  # virtio 1.2, 5.11.4: the tag field of the configuration space
@@ -57,7 +57,7 @@ class Options:
     tag: bytes | None
     cache: CacheMode
     sandbox: SandboxMode
-    seccomp: SeccompAction
+    seccomp: SeccompMode
     seccomp_policy: str | None = None  # None: the one that vfsd comes with
     allow_weak_policy: bool = False
     inode_file_handles: HandleMode

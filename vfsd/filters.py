@@ -7,31 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from typing import Literal, get_args
 
 from vfsd.config import Options
 from vfsd.errors import ConfigError
 from vfsd.log import WARNING, Logger
+from vfsd.sandbox.role_names import ROLES, RoleName
 from vfsd.sandbox.seccomp import Policy, load_policy
 from vfsd.sandbox.seccomp_forbidden import find_weaknesses
 
-Role = Literal["broker", "control", "worker", "supervisor"]
 
-_ROLES: tuple[Role, ...] = get_args(Role)
-
-
-def make_filters(options: Options, log: Logger) -> dict[Role, bytes]:
+def make_filters(options: Options, log: Logger) -> dict[RoleName, bytes]:
     """Every role's BPF, empty for --seccomp=none. Raises ConfigError for a policy that cannot be or may not be used."""
     if options.seccomp == "none":
-        return dict.fromkeys(_ROLES, b"")
+        return dict.fromkeys(ROLES, b"")
     policy = load_policy(options.seccomp_policy)
     if options.seccomp_policy is not None:
         _check_strength(policy, options, log)
-    action = options.seccomp
-    filters = {role: policy.compile(role, action) for role in _ROLES}
+    mode = options.seccomp
+    filters = {role: policy.compile(role, mode) for role in ROLES}
     origin = "own" if options.seccomp_policy is None else options.seccomp_policy
     hashes = ", ".join(f"{role} {hashlib.sha256(program).hexdigest()}" for role, program in filters.items())
-    log.info(f"seccomp={action}; sha256 of policy ({origin}) {policy.sha256}, of filters: {hashes}")
+    log.info(f"seccomp={mode}; sha256 of policy ({origin}) {policy.sha256}, of filters: {hashes}")
     return filters
 
 

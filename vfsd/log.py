@@ -105,7 +105,7 @@ class StderrLog(Logger):
         if level > self.level:
             return
         try:
-            os.write(self._fd, f"{self._head(level, role)}{escape(text)}\n".encode())
+            os.write(self._fd, f"{self._head(level, role)}{printable(text)}\n".encode())
         except OSError:
             return  # nobody reads our log, which is no reason to stop serving files
 
@@ -150,7 +150,7 @@ def decode_text(text: bytes) -> str:
     return text.decode(errors="backslashreplace")
 
 
-def escape(text: str) -> str:
+def printable(text: str) -> str:
     """The text on one line, with nothing in it that a terminal would obey."""
     if text.isprintable():
         return text

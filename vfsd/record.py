@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from vfsd.config import HandleMode, Options, SandboxMode, SeccompAction
+from vfsd.config import HandleMode, Options, SandboxMode, SeccompMode
 from vfsd.fds import OwnedFd
 
 RECORD_NAME = "vfsd-record"
@@ -27,7 +27,7 @@ class InForce:
     shared_dir: str
     socket_path: str | None
     sandbox: SandboxMode
-    seccomp: SeccompAction
+    seccomp: SeccompMode
     inode_file_handles: HandleMode
     readonly: bool
     request_queues: int
@@ -46,21 +46,21 @@ class Report:
     dumpable: bool
 
 
-def escape(path: bytes) -> str:
+def path_in_ascii(path: bytes) -> str:
     return ascii(os.fsdecode(path))[1:-1]
 
 
 def in_force(options: Options, broker_extra: Sequence[str] = ()) -> InForce:
     return InForce(
-        shared_dir=escape(options.shared_dir),
-        socket_path=None if options.socket_path is None else escape(options.socket_path),
+        shared_dir=path_in_ascii(options.shared_dir),
+        socket_path=None if options.socket_path is None else path_in_ascii(options.socket_path),
         sandbox=options.sandbox,
         seccomp=options.seccomp,
         inode_file_handles=options.inode_file_handles,
         readonly=options.readonly,
         request_queues=options.request_queues,
         broker_extra=" ".join(broker_extra),
-        seccomp_policy=None if options.seccomp_policy is None else escape(os.fsencode(options.seccomp_policy)),
+        seccomp_policy=None if options.seccomp_policy is None else path_in_ascii(os.fsencode(options.seccomp_policy)),
         allow_weak_policy=options.allow_weak_policy,
     )
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 from vfsd.config import BrokerConfig, ControlConfig, Options, WorkerConfig
 from vfsd.errors import ConfigError
-from vfsd.filters import Role
 from vfsd.sandbox import capabilities
 from vfsd.sandbox.id_maps import choose_powerless_id
 from vfsd.sandbox.lockdown import Confinement
+from vfsd.sandbox.role_names import RoleName
 from vfsd.sandbox.user_namespace import Standing, read_standing
 
 # Without DAC_READ_SEARCH (handles=never) no file handle can be opened, whatever the broker is made to do.
@@ -33,7 +33,7 @@ class Roles:
     """Makes the configuration of any child, also of one that is started much later."""
 
     options: Options
-    filters: dict[Role, bytes]
+    filters: dict[RoleName, bytes]
     supervisor_pidfd: int
     nofile: int
     privileged: bool  # whether we may become somebody else, and have capabilities to give
@@ -96,7 +96,7 @@ class Roles:
     def supervisor(self) -> Confinement:
         return self._confinement("supervisor", capabilities=SUPERVISOR_CAPABILITIES)
 
-    def _confinement(self, role: Role, *, capabilities: tuple[str, ...] = (), nofile: int | None = None) -> Confinement:
+    def _confinement(self, role: RoleName, *, capabilities: tuple[str, ...] = (), nofile: int | None = None) -> Confinement:
         """Control and workers become nobody, or who else is mapped, with nothing."""
         powerless = role in {"control", "worker"}
         uid, gid = self._ids(role) if self.privileged else (None, None)
@@ -113,7 +113,7 @@ class Roles:
             may_drop_groups=self.standing.may_drop_groups,
         )
 
-    def _ids(self, role: Role) -> tuple[int | None, int | None]:
+    def _ids(self, role: RoleName) -> tuple[int | None, int | None]:
         """None: it stays who it is. The supervisor does, so that it can remove the socket that it made."""
         standing = self.standing
         if role == "supervisor":
@@ -137,7 +137,7 @@ def more_capabilities(options: Options) -> tuple[str, ...]:
     return tuple(name for name in broker_capabilities(options) if name not in usual)
 
 
-def make_roles(options: Options, supervisor_pidfd: int, nofile: int, filters: dict[Role, bytes]) -> Roles:
+def make_roles(options: Options, supervisor_pidfd: int, nofile: int, filters: dict[RoleName, bytes]) -> Roles:
     return Roles(
         options=options,
         filters=filters,

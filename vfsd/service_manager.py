@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from vfsd.errors import ConfigError
 from vfsd.fds import OwnedFd
-from vfsd.log import escape
+from vfsd.log import printable
 
 FIRST_LISTEN_FD = 3  # SD_LISTEN_FDS_START
 RETRY_SECONDS = 0.1  # until the manager, whose queue is full, is told again
@@ -190,7 +190,7 @@ class ServiceManager:
     def _send(self) -> None:
         if not self._unsent or self._socket is None:
             return
-        text = "".join(f"{name}={escape(value)}\n" for name, value in self._unsent.items())
+        text = "".join(f"{name}={printable(value)}\n" for name, value in self._unsent.items())
         try:
             self._socket.send(os.fsencode(text), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:

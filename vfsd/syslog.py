@@ -9,7 +9,7 @@ import os
 import socket
 from typing import Final
 
-from vfsd.log import INFO, SEVERITIES, StderrLog, escape
+from vfsd.log import INFO, SEVERITIES, StderrLog, printable
 
 DEV_LOG: Final = "/dev/log"
 _DAEMON: Final = 3 << 3  # the facility
@@ -34,7 +34,7 @@ class SyslogLog(StderrLog):
     def line(self, level: int, role: str, text: str) -> None:
         if level > self.level:
             return
-        said = f"{role}: {escape(text)}" if role else escape(text)
+        said = f"{role}: {printable(text)}" if role else printable(text)
         packet = f"<{_DAEMON | SEVERITIES.get(level, 3)}>vfsd[{os.getpid()}]: {said}".encode()
         if not self._send(packet):
             self._reconnect()

@@ -17,7 +17,7 @@ from tests.fuzz.oracle import open_fd_count
 from tests.fuzz.provider import Provider, Recipe
 from vfsd.channel import Channel, close_all
 from vfsd.errors import ChildBreach
-from vfsd.log import decode_text, escape
+from vfsd.log import decode_text, printable
 from vfsd.wire import channel as wire
 
 TABLES = (
@@ -94,7 +94,7 @@ def _decode(packet: bytes, fd_count: int, table: wire.Table) -> None:
         value = getattr(message, field.name)
         assert type(value).__name__ == field.type, field
         if isinstance(value, bytes):
-            assert escape(decode_text(value)).isprintable()
+            assert printable(decode_text(value)).isprintable()
 
 
 def _receive(packet: bytes, fd_count: int, table: wire.Table) -> None:

@@ -1,7 +1,7 @@
 """Seccomp policies: any TOML document, and what the compiled filter then does.
 
 Oracle: a document is a policy or a ConfigError of one line; of a policy, the compiled BPF program answers every call as
-`Role.verdict` says, at the very arguments where it may change, on the high halves of narrow ones too.
+`RolePolicy.verdict` says, at the very arguments where it may change, on the high halves of narrow ones too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vfsd.errors import ConfigError
 from vfsd.sandbox.bpf import RET_ALLOW, RET_KILL_PROCESS, ret_errno, run_filter
 from vfsd.sandbox.seccomp import compile_role, load_policy
 from vfsd.sandbox.seccomp_constants import WIDE_ARGUMENTS, constants_of
-from vfsd.sandbox.seccomp_policy import Role, parse_policy
+from vfsd.sandbox.seccomp_policy import RolePolicy, parse_policy
 
 _WAYS = ("rules", "document", "text", "condition")
 _SYSCALLS = ("read", "write", "fcntl", "mmap", "lseek", "openat", "pwritev2", "socket", "epoll_wait", "no_such_call", "UPPER")
@@ -130,7 +130,7 @@ def _odd_table(provider: Provider, depth: int) -> dict[str, Any]:
     return table | {"version": 1} if depth == 0 else table
 
 
-def _check_compiled(provider: Provider, role: Role) -> None:
+def _check_compiled(provider: Provider, role: RolePolicy) -> None:
     try:
         program = compile_role(role, "kill", "x86_64")
     except ConfigError as error:
@@ -173,7 +173,7 @@ def _check_meaning(provider: Provider) -> None:
     assert role.verdict(syscall, (actual, 0, 0, 0, 0, 0), "x86_64") == ("allow" if expected else "kill"), (condition, actual)
 
 
-def _call(provider: Provider, role: Role) -> tuple[str, tuple[int, ...]]:
+def _call(provider: Provider, role: RolePolicy) -> tuple[str, tuple[int, ...]]:
     """A call at which a rule of the role may just hold or not."""
     rules = role.rules_for("x86_64")
     arguments = [0] * 6

@@ -20,7 +20,7 @@ from tests.support.frontend.fuse_client import ROOT
 from tests.support.frontend.serving import start
 from vfsd.sandbox.fd_census import Fd, UnixSocket
 from vfsd.sandbox.seccomp import POLICY_FILE
-from vfsd.tools import rules
+from vfsd.tools import check_surroundings
 from vfsd.tools.daemon import examine
 from vfsd.tools.expectations import EXPECTATIONS, judge
 from vfsd.tools.fd_purposes import TOLD_BY, purposes
@@ -320,7 +320,7 @@ def test_a_mount_that_the_host_made_later_in_the_share_is_named(daemon):
 
 
 def test_a_sysctl_that_would_open_the_brokers_memory_is_found(daemon, monkeypatch):
-    monkeypatch.setattr(rules, "_suid_dumpable", lambda: 1)
+    monkeypatch.setattr(check_surroundings, "_suid_dumpable", lambda: 1)
     assert [(name, what) for name, what, _ in not_met(daemon)] == [("broker", "memory")]
 
 

@@ -18,7 +18,7 @@ from vfsd.log import (
     ChildLog,
     StderrLog,
     describe,
-    escape,
+    printable,
 )
 from vfsd.wire.channel import SUPERVISOR_TO_CHILD, WORKER_TO_SUPERVISOR, Log
 
@@ -65,8 +65,8 @@ def test_the_level_decides_what_is_shown(pipe, level, expected):
 
 
 def test_what_a_terminal_would_obey_is_escaped():
-    assert escape("plain ä text") == "plain ä text"
-    assert escape("a\nb\x1b[31m\x00\u202e\udcff") == "a\\nb\\x1b[31m\\x00\\u202e\\udcff"
+    assert printable("plain ä text") == "plain ä text"
+    assert printable("a\nb\x1b[31m\x00\u202e\udcff") == "a\\nb\\x1b[31m\\x00\\u202e\\udcff"
 
 
 def test_a_childs_bytes_become_one_printable_line(pipe):

@@ -24,6 +24,7 @@ import prctl
 from vfsd.errors import ConfigError
 from vfsd.fds import OwnedFd
 from vfsd.sandbox import capabilities, landlock
+from vfsd.sandbox.role_names import RoleName
 from vfsd.sandbox.seccomp_load import load_filter
 from vfsd.sandbox.steps import step
 
@@ -45,7 +46,7 @@ class Confinement:
     `seccomp_filter`: BPF of `Policy.compile`; empty for none. `landlock`: deny all, where the kernel has Landlock.
     """
 
-    role: Literal["broker", "control", "worker", "supervisor"]
+    role: RoleName
     sandbox: Literal["namespace", "chroot", "none"]
     seccomp_filter: bytes
     uid: int | None

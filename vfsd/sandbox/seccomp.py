@@ -14,11 +14,11 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vfsd.errors import ConfigError
 from vfsd.sandbox.seccomp_load import load_filter
-from vfsd.sandbox.seccomp_policy import ARCHITECTURES, ROLES, Comparison, Role, Rule, parse_policy
+from vfsd.sandbox.seccomp_policy import ARCHITECTURES, ROLES, Comparison, RolePolicy, Rule, parse_policy
 
 __all__ = ["POLICY_FILE", "Policy", "load_filter", "load_policy", "read_policy", "syscall_name", "syscall_number"]
 
@@ -58,33 +58,34 @@ _KILL = {"kill": pyseccomp.KILL_PROCESS, "log": pyseccomp.LOG, "trap": pyseccomp
 
 _ARCHITECTURES = {"x86_64": pyseccomp.Arch.X86_64, "aarch64": pyseccomp.Arch.AARCH64}
 
-KillAction = Literal["kill", "log", "trap"]
+KillMode = Literal["kill", "log", "trap"]  # of --seccomp: what "kill" in a policy comes to
+KILL_MODES: tuple[KillMode, ...] = get_args(KillMode)
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     """A policy whose system calls all exist on this machine."""
 
-    roles: dict[str, Role]
+    roles: dict[str, RolePolicy]
     path: str
     sha256: str  # of the file
 
-    def compile(self, role: str, action: KillAction, architecture: str | None = None) -> bytes:
-        """The BPF program (struct sock_filter[]) of one role; `action` is what "kill" in the policy means."""
-        return compile_role(self._role(role), action, architecture or platform.machine())
+    def compile(self, role: str, mode: KillMode, architecture: str | None = None) -> bytes:
+        """The BPF program (struct sock_filter[]) of one role; `mode` is what "kill" in the policy means."""
+        return compile_role(self._role(role), mode, architecture or platform.machine())
 
-    def _role(self, name: str) -> Role:
+    def _role(self, name: str) -> RolePolicy:
         found = self.roles.get(name)
         if found is None:
             raise ConfigError(f"seccomp policy: there is no role {name}")
         return found
 
 
-def compile_role(role: Role, action: KillAction, architecture: str) -> bytes:
-    return _export(_build(role, action, architecture).export_bpf)
+def compile_role(role: RolePolicy, mode: KillMode, architecture: str) -> bytes:
+    return _export(_build(role, mode, architecture).export_bpf)
 
 
-def describe_role(role: Role, architecture: str) -> str:
+def describe_role(role: RolePolicy, architecture: str) -> str:
     """The filter in libseccomp's own pseudo code (PFC)."""
     return _export(_build(role, "kill", architecture).export_pfc).decode()
 
@@ -148,10 +149,10 @@ def _check_exists(rule: Rule, architecture: str) -> None:
         raise ConfigError(f"seccomp policy: {missing}")
 
 
-def _build(role: Role, action: KillAction, architecture: str) -> pyseccomp.SyscallFilter:
+def _build(role: RolePolicy, mode: KillMode, architecture: str) -> pyseccomp.SyscallFilter:
     if architecture not in _ARCHITECTURES:
         raise ConfigError(f"seccomp policy: there is none for {architecture} (only {', '.join(ARCHITECTURES)})")
-    actions = {"allow": pyseccomp.ALLOW, "kill": _KILL[action]}
+    actions = {"allow": pyseccomp.ALLOW, "kill": _KILL[mode]}
     program = pyseccomp.SyscallFilter(actions[role.default])
     native, wanted = pyseccomp.system_arch(), _ARCHITECTURES[architecture]
     if wanted != native:

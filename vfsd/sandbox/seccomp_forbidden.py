@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vfsd.sandbox.seccomp_conditions import parse_conditions
-from vfsd.sandbox.seccomp_policy import ARCHITECTURES, ROLES, Role
+from vfsd.sandbox.seccomp_policy import ARCHITECTURES, ROLES, RolePolicy
 from vfsd.sandbox.seccomp_sets import Arguments, Cube, allowed_arguments, cubes_of, find_uncovered, intersection
 
 _POWERLESS = ("control", "worker")
@@ -149,7 +149,7 @@ FORBIDDEN: tuple[Forbidden, ...] = (
 )
 
 
-def find_weaknesses(role: Role, architecture: str) -> Iterator[Weakness]:
+def find_weaknesses(role: RolePolicy, architecture: str) -> Iterator[Weakness]:
     """What the role can do on that machine and must not."""
     if role.name in _CONFINED and role.default != "kill":
         yield Weakness(role.name, _UNLISTED, (0,) * 6, ())
@@ -161,7 +161,7 @@ def find_weaknesses(role: Role, architecture: str) -> Iterator[Weakness]:
             yield Weakness(role.name, forbidden, example, tuple(f'{rule.where}, "{rule.reason}"' for rule in rules))
 
 
-def find_permitted(role: Role, forbidden: Forbidden, architecture: str) -> Arguments | None:
+def find_permitted(role: RolePolicy, forbidden: Forbidden, architecture: str) -> Arguments | None:
     """Arguments with which the role can make the forbidden call."""
     allowed = allowed_arguments(role, forbidden.syscall, architecture)
     denied = [*allowed.outside, *(_cubes(forbidden.syscall, forbidden.unless, architecture) if forbidden.unless else [])]

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vfsd.errors import ConfigError
+from vfsd.sandbox.role_names import ROLES
 from vfsd.sandbox.seccomp_conditions import Comparison, Refused, parse_conditions
 from vfsd.sandbox.seccomp_constants import ARCHITECTURES
 
-__all__ = ["ARCHITECTURES", "ROLES", "VERSION", "Action", "Comparison", "Role", "Rule", "examine_policy", "parse_policy"]
+__all__ = ["ARCHITECTURES", "ROLES", "VERSION", "Action", "Comparison", "RolePolicy", "Rule", "examine_policy", "parse_policy"]
 
 VERSION = 1
-ROLES = ("broker", "control", "worker", "supervisor")
 
 _LARGEST_ERRNO = 4095
 _ERRNO_ACTION = re.compile(r"errno\((\w+)\)")
@@ -30,7 +30,8 @@ _SYSCALL = re.compile(r"[a-z][a-z0-9_]*")
 _RULE_KEYS = {"syscall", "when", "action", "arch", "reason", "used_by"}
 _NEEDED_RULE_KEYS = {"syscall", "reason", "used_by"}
 
-Action = Literal["allow", "kill"] | int  # a number: the errno that the call fails with (0: it "succeeds" with 0)
+# What a rule makes of a call. A number: the errno that it fails with (0: it "succeeds" with 0). What "kill" means is a KillMode.
+Action = Literal["allow", "kill"] | int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,8 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Role:
-    """`default`: what happens to a call that no rule matches."""
+class RolePolicy:
+    """What a policy says of one role. `default`: what happens to a call that no rule matches."""
 
     name: str
     default: Literal["allow", "kill"]
@@ -71,7 +72,7 @@ class Role:
         return self.default if rule is None else rule.action
 
 
-def parse_policy(document: dict[str, Any]) -> dict[str, Role]:
+def parse_policy(document: dict[str, Any]) -> dict[str, RolePolicy]:
     """All roles of a parsed TOML document. Raises ConfigError for whatever is not exactly as it must be."""
     roles, findings = examine_policy(document)
     if findings:
@@ -80,10 +81,10 @@ def parse_policy(document: dict[str, Any]) -> dict[str, Role]:
     return roles
 
 
-def examine_policy(document: dict[str, Any]) -> tuple[dict[str, Role], list[str]]:
+def examine_policy(document: dict[str, Any]) -> tuple[dict[str, RolePolicy], list[str]]:
     """The roles, without what is not exactly as it must be, and everything that is not."""
     findings: list[str] = []
-    roles: dict[str, Role] = {}
+    roles: dict[str, RolePolicy] = {}
     try:
         _refuse_unknown_keys(document, {"version", "group", "role"})
         if document.get("version") != VERSION or document["version"] is True:
@@ -106,7 +107,7 @@ def _find_unused_groups(groups: dict[str, Any], roles: dict[str, Any]) -> list[s
     return [f"group {name}: no role uses it" for name in sorted(set(groups) - used)]
 
 
-def _parse_role(name: str, body: dict[str, Any], groups: dict[str, dict[str, Any]], findings: list[str]) -> Role:
+def _parse_role(name: str, body: dict[str, Any], groups: dict[str, dict[str, Any]], findings: list[str]) -> RolePolicy:
     """Rules that cannot be are left out and told in `findings`; Refused where nothing can be made of the role."""
     where = f"role {name}"
     _refuse_unknown_keys(body, {"default", "use", "rules"}, where)
@@ -124,7 +125,7 @@ def _parse_role(name: str, body: dict[str, Any], groups: dict[str, dict[str, Any
     if not rules and len(findings) == before:  # libseccomp 2.5 ignores the default action of a filter without rules (libseccomp issue 370)
         raise Refused(f"{where}: has no rule")
     findings += _find_overlaps(rules)
-    return Role(name, default, tuple(rules))
+    return RolePolicy(name, default, tuple(rules))
 
 
 def _parse_rules(rows: Any, where: str, default: str, findings: list[str]) -> Iterator[Rule]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vfsd.sandbox.seccomp_conditions import Comparison
-from vfsd.sandbox.seccomp_policy import Role
+from vfsd.sandbox.seccomp_policy import RolePolicy
 
 _WIDTH = 64
 _ALL_BITS = (1 << _WIDTH) - 1
@@ -51,7 +51,7 @@ def cubes_of(comparisons: Iterable[Comparison]) -> list[Cube]:
     return found
 
 
-def allowed_arguments(role: Role, syscall: str, architecture: str) -> Region:
+def allowed_arguments(role: RolePolicy, syscall: str, architecture: str) -> Region:
     """With which arguments the role may make a call."""
     rules = [rule for rule in role.rules_for(architecture) if rule.syscall == syscall]
     allowing = [cube for rule in rules if rule.action == "allow" for cube in cubes_of(rule.comparisons)]

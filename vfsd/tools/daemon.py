@@ -16,22 +16,22 @@ from typing import Literal
 from vfsd.cli_compat import modernize
 from vfsd.config import MAX_REQUEST_QUEUES
 from vfsd.errors import ConfigError
-from vfsd.record import MOST_RECORD_BYTES, RECORD_NAME, InForce, Report, escape, read_record
+from vfsd.record import MOST_RECORD_BYTES, RECORD_NAME, InForce, Report, path_in_ascii, read_record
 from vfsd.sandbox.capabilities import change, decode_changes
 from vfsd.sandbox.census import ProcessCensus, take_census
 from vfsd.sandbox.fd_census import UnixSocket, unix_sockets
 from vfsd.sandbox.id_maps import IdMap, parse_id_map
+from vfsd.sandbox.role_names import ROLES, RoleName
 
-Role = Literal["supervisor", "broker", "control", "worker", "unknown"]
-ROLES: tuple[Role, ...] = ("supervisor", "broker", "control", "worker")
+SeenRole = RoleName | Literal["unknown"]
 
-_MODULES: dict[str, Role] = {"vfsd.broker": "broker", "vfsd.worker.control": "control", "vfsd.worker": "worker"}
+_MODULES: dict[str, SeenRole] = {"vfsd.broker": "broker", "vfsd.worker.control": "control", "vfsd.worker": "worker"}
 _START_TIME_FIELD = 19  # of /proc/PID/stat behind the name in parentheses
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    role: Role
+    role: SeenRole
     name: str  # the role, of workers with their number where it is known
     census: ProcessCensus
     report: Report | None  # None: not visible to us, or not given yet
@@ -114,7 +114,7 @@ def _descendants(pid: int) -> list[int]:
 def _process(census: ProcessCensus, reports: dict[int, Report], *, is_supervisor: bool) -> Process:
     report = reports.get(census.pid)
     if is_supervisor:
-        role: Role = "supervisor"
+        role: SeenRole = "supervisor"
     elif report is not None:
         role = next((role for role in ROLES if role == report.role.partition(" ")[0]), "unknown")
     elif reports:
@@ -124,7 +124,7 @@ def _process(census: ProcessCensus, reports: dict[int, Report], *, is_supervisor
     return Process(role, role if report is None else report.role, census, report)
 
 
-def _role_of_command(command: tuple[str, ...]) -> Role:
+def _role_of_command(command: tuple[str, ...]) -> SeenRole:
     module = command[command.index("-m") + 1] if "-m" in command[:-1] else ""
     return _MODULES.get(module, "unknown")
 
@@ -163,7 +163,7 @@ def _options(census: ProcessCensus) -> InForce:
         raise ConfigError(f"{census.pid}: its command line is not one of this version of vfsd: {error}") from error
     for name in ("shared_dir", "socket_path", "seccomp_policy"):
         path = getattr(found, name)
-        setattr(found, name, path and escape(os.fsencode(path)))
+        setattr(found, name, path and path_in_ascii(os.fsencode(path)))
     found.broker_extra = " ".join(change((), found.broker_extra))
     return InForce(**vars(found))
 

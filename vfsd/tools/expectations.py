@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from vfsd.tools import rules
-from vfsd.tools.daemon import Daemon, Role
+from vfsd.sandbox.role_names import ROLES, RoleName
+from vfsd.tools import check_privileges as privileges
+from vfsd.tools import check_processes as processes
+from vfsd.tools import check_surroundings as surroundings
+from vfsd.tools.check import Check, Subject, anything
+from vfsd.tools.daemon import Daemon, SeenRole
 from vfsd.tools.fd_purposes import purposes
-from vfsd.tools.rules import Rule, Subject
 
 State = Literal["met", "weaker", "not visible", "NOT MET"]
 
@@ -29,7 +32,7 @@ class Condition:
 @dataclass(frozen=True, slots=True)
 class Variant:
     condition: Condition
-    rules: Mapping[Role, Rule]
+    checks: Mapping[SeenRole, Check]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Expectation:
 
     what: str
     shown_by: str
-    rules: Mapping[Role, Rule]
+    checks: Mapping[SeenRole, Check]
     variants: tuple[Variant, ...] = ()
 
 
@@ -80,12 +83,12 @@ SUPERVISOR_BITS, BROKER_BITS, POWERLESS_BITS = 64 + 128, 1 + 2 + 8 + 32 + 64 + 1
 NO_MORE = {"core file size": 0, "processes": 0, "locked memory": 0, "msgqueue size": 0, "realtime priority": 0, "nice priority": 0}
 
 
-def _each(rule: Rule, *roles: Role) -> dict[Role, Rule]:
-    return dict.fromkeys(roles, rule)
+def _each(check: Check, *roles: RoleName) -> dict[SeenRole, Check]:
+    return dict.fromkeys(roles, check)
 
 
-def _same_for_all(rule: Rule) -> dict[Role, Rule]:
-    return _each(rule, "supervisor", "broker", "control", "worker")
+def _same_for_all(check: Check) -> dict[SeenRole, Check]:
+    return _each(check, *ROLES)
 
 
 def _by_root_link(subject: Subject, root: str) -> bool:
@@ -96,186 +99,186 @@ EXPECTATIONS: tuple[Expectation, ...] = (
     Expectation(
         "children", "/proc/PID/task/TID/children",
         {
-            "supervisor": rules.children("one broker, one control, at most as many workers as request queues; no other process"),
-            **_each(rules.child_of_supervisor("none; the supervisor's child"), "broker", "control", "worker"),
+            "supervisor": processes.children("one broker, one control, at most as many workers as request queues; no other process"),
+            **_each(processes.child_of_supervisor("none; the supervisor's child"), "broker", "control", "worker"),
         },
     ),
     Expectation(
         "threads", "/proc/PID/task",
-        {"supervisor": rules.threads(1), "broker": rules.threads(22), "control": rules.threads(1), "worker": rules.threads(5)},
+        {"supervisor": processes.threads(1), "broker": processes.threads(22), "control": processes.threads(1), "worker": processes.threads(5)},
     ),
     Expectation(
         "uids and gids", "Uid, Gid in task/TID/status",
         {
-            "supervisor": rules.anything("those of who started vfsd", rules.show_ids),
-            "broker": rules.real_ids("the supervisor's; a thread that makes a file has those of its owner for that moment", rules.starter_ids),
-            **_each(rules.every_id("nobody (65534)", rules.nobody), "control", "worker"),
+            "supervisor": anything("those of who started vfsd", privileges.show_ids),
+            "broker": privileges.real_ids("the supervisor's; a thread that makes a file has those of its owner for that moment", privileges.starter_ids),
+            **_each(privileges.every_id("nobody (65534)", privileges.nobody), "control", "worker"),
         },
         (
             Variant(
                 USER,
                 {
-                    "broker": rules.real_ids("the supervisor's, or of the root of the user namespace", rules.starter_or_namespace_root),
+                    "broker": privileges.real_ids("the supervisor's, or of the root of the user namespace", privileges.starter_or_namespace_root),
                     **_each(
-                        rules.every_id("mapped ones that are not the user's own; those if no other is mapped", rules.powerless_in_user_namespace),
+                        privileges.every_id("mapped ones that are not the user's own; those if no other is mapped", privileges.powerless_in_user_namespace),
                         "control", "worker",
                     ),
                 },
             ),
-            Variant(POWERLESS_USER, _each(rules.every_id("the user's", rules.starter_ids), "broker", "control", "worker")),
+            Variant(POWERLESS_USER, _each(privileges.every_id("the user's", privileges.starter_ids), "broker", "control", "worker")),
         ),
     ),
     Expectation(
         "supplementary groups", "Groups in task/TID/status",
-        _same_for_all(rules.groups("none", lambda _subject: set())),
+        _same_for_all(privileges.groups("none", lambda _subject: set())),
         (
-            Variant(USER, _same_for_all(rules.groups("none; the user's where only one's own gid is mapped", rules.starter_groups))),
-            Variant(POWERLESS_USER, _same_for_all(rules.groups("the user's", rules.starter_groups))),
+            Variant(USER, _same_for_all(privileges.groups("none; the user's where only one's own gid is mapped", privileges.starter_groups))),
+            Variant(POWERLESS_USER, _same_for_all(privileges.groups("the user's", privileges.starter_groups))),
         ),
     ),
     Expectation(
         "capabilities", "CapPrm, CapEff in task/TID/status",
         {
-            "supervisor": rules.capabilities(HELD, SUPERVISOR),
-            "broker": rules.capabilities(HELD, (*BROKER, "DAC_READ_SEARCH")),
-            **_each(rules.capabilities(HELD), "control", "worker"),
+            "supervisor": privileges.capabilities(HELD, SUPERVISOR),
+            "broker": privileges.capabilities(HELD, (*BROKER, "DAC_READ_SEARCH")),
+            **_each(privileges.capabilities(HELD), "control", "worker"),
         },
         (
-            Variant(POWERLESS_USER, _same_for_all(rules.capabilities(HELD))),
-            Variant(MORE_CAPABILITIES, {"broker": rules.chosen_capabilities(HELD, BROKER, "DAC_READ_SEARCH")}),
-            Variant(NO_HANDLES, {"broker": rules.capabilities(HELD, BROKER)}),
+            Variant(POWERLESS_USER, _same_for_all(privileges.capabilities(HELD))),
+            Variant(MORE_CAPABILITIES, {"broker": privileges.chosen_capabilities(HELD, BROKER, "DAC_READ_SEARCH")}),
+            Variant(NO_HANDLES, {"broker": privileges.capabilities(HELD, BROKER)}),
         ),
     ),
     Expectation(
         "capabilities to pass on", "CapInh, CapAmb in task/TID/status",
-        _same_for_all(rules.capabilities(PASSED_ON)),
-        (Variant(USER, {"supervisor": rules.capabilities(PASSED_ON, SUPERVISOR)}),),
+        _same_for_all(privileges.capabilities(PASSED_ON)),
+        (Variant(USER, {"supervisor": privileges.capabilities(PASSED_ON, SUPERVISOR)}),),
     ),
     Expectation(
         "capability bounding set", "CapBnd in task/TID/status",
         {
-            "supervisor": rules.capabilities(("bounding",), SUPERVISOR),
-            **_each(rules.capabilities(("bounding",)), "broker", "control", "worker"),
+            "supervisor": privileges.capabilities(("bounding",), SUPERVISOR),
+            **_each(privileges.capabilities(("bounding",)), "broker", "control", "worker"),
         },
         (
             Variant(
                 POWERLESS_USER,
-                _same_for_all(rules.anything("as it was: useless, with no_new_privs and nothing permitted", lambda _subject: "as it was")),
+                _same_for_all(anything("as it was: useless, with no_new_privs and nothing permitted", lambda _subject: "as it was")),
             ),
         ),
     ),
     Expectation(
         "securebits", "the process, at its lock-down",
         {
-            "supervisor": rules.securebits(SUPERVISOR_BITS),
-            "broker": rules.securebits(BROKER_BITS),
-            **_each(rules.securebits(POWERLESS_BITS), "control", "worker"),
+            "supervisor": privileges.securebits(SUPERVISOR_BITS),
+            "broker": privileges.securebits(BROKER_BITS),
+            **_each(privileges.securebits(POWERLESS_BITS), "control", "worker"),
         },
-        (Variant(POWERLESS_USER, _same_for_all(rules.securebits(0))),),
+        (Variant(POWERLESS_USER, _same_for_all(privileges.securebits(0))),),
     ),
     Expectation(
         "no_new_privs", "NoNewPrivs in task/TID/status",
-        _same_for_all(rules.every_thread("set in all threads", lambda thread: thread.no_new_privs)),
+        _same_for_all(privileges.every_thread("set in all threads", lambda thread: thread.no_new_privs)),
     ),
     Expectation(
         "seccomp", "Seccomp, Seccomp_filters in task/TID/status",
         {
-            **_each(rules.filters("its own filter, in all threads", 1), "supervisor", "broker"),
-            **_each(rules.filters("its own filter and the supervisor's, in all threads", 2), "control", "worker"),
+            **_each(privileges.filters("its own filter, in all threads", 1), "supervisor", "broker"),
+            **_each(privileges.filters("its own filter and the supervisor's, in all threads", 2), "control", "worker"),
         },
-        (Variant(NO_SECCOMP, _same_for_all(rules.no_filters("none of vfsd's"))),),
+        (Variant(NO_SECCOMP, _same_for_all(privileges.no_filters("none of vfsd's"))),),
     ),
     Expectation(
         "what seccomp does", "the option --seccomp; the kernel does not show it",
-        _same_for_all(rules.filter_action("kill", "kills the process")),
+        _same_for_all(privileges.filter_action("kill", "kills the process")),
         (
-            Variant(NO_SECCOMP, _same_for_all(rules.filter_action("none", "nothing"))),
-            Variant(SECCOMP_LOG, _same_for_all(rules.filter_action("log", "lets it pass, and logs it"))),
-            Variant(SECCOMP_TRAP, _same_for_all(rules.filter_action("trap", "denies it by SIGSYS, which the process could catch"))),
+            Variant(NO_SECCOMP, _same_for_all(privileges.filter_action("none", "nothing"))),
+            Variant(SECCOMP_LOG, _same_for_all(privileges.filter_action("log", "lets it pass, and logs it"))),
+            Variant(SECCOMP_TRAP, _same_for_all(privileges.filter_action("trap", "denies it by SIGSYS, which the process could catch"))),
         ),
     ),
     Expectation(
         "seccomp policy", "the option --seccomp-policy; the kernel does not show it",
-        _same_for_all(rules.policy("the one that vfsd comes with", shipped=True)),
+        _same_for_all(privileges.policy("the one that vfsd comes with", shipped=True)),
         (
-            Variant(NO_SECCOMP, _same_for_all(rules.anything("none", lambda _subject: "none"))),
-            Variant(OTHER_POLICY, _same_for_all(rules.policy("another, that allows nothing forbidden: read that one", shipped=False))),
-            Variant(WEAK_POLICY, _same_for_all(rules.policy("another, that allows what no policy should", shipped=False))),
+            Variant(NO_SECCOMP, _same_for_all(anything("none", lambda _subject: "none"))),
+            Variant(OTHER_POLICY, _same_for_all(privileges.policy("another, that allows nothing forbidden: read that one", shipped=False))),
+            Variant(WEAK_POLICY, _same_for_all(privileges.policy("another, that allows what no policy should", shipped=False))),
         ),
     ),
     Expectation(
         "Landlock", "the process, at its lock-down",
-        _each(rules.landlock("denies all that this kernel's can deny"), "control", "worker"),
+        _each(privileges.landlock("denies all that this kernel's can deny"), "control", "worker"),
     ),
     Expectation(
         "namespaces", "task/TID/ns",
         {
-            "supervisor": rules.anything("those of who started vfsd; for an ordinary user a user namespace of its own", rules.show_namespaces),
-            **_each(rules.own_namespaces("mnt pid net ipc uts: unlike any other process's"), "broker", "control", "worker"),
+            "supervisor": anything("those of who started vfsd; for an ordinary user a user namespace of its own", surroundings.show_namespaces),
+            **_each(surroundings.own_namespaces("mnt pid net ipc uts: unlike any other process's"), "broker", "control", "worker"),
         },
         tuple(
-            Variant(condition, _each(rules.anything("those of who started vfsd", rules.show_namespaces), "broker", "control", "worker"))
+            Variant(condition, _each(anything("those of who started vfsd", surroundings.show_namespaces), "broker", "control", "worker"))
             for condition in (CHROOT, NO_SANDBOX)
         ),
     ),
     Expectation(
         "root directory", "/proc/PID/mountinfo, task/TID/root",
         {
-            "broker": rules.mounts(
-                "the share and the mounts in it, nosuid nodev nosymfollow (with --readonly: ro)", rules.lacks_of_share, alone=False
+            "broker": surroundings.mounts(
+                "the share and the mounts in it, nosuid nodev nosymfollow (with --readonly: ro)", surroundings.lacks_of_share, alone=False
             ),
-            **_each(rules.mounts("an empty tmpfs without room for a file, ro noexec; no other mount", rules.lacks_of_nothing, alone=True), "control", "worker"),
+            **_each(surroundings.mounts("an empty tmpfs without room for a file, ro noexec; no other mount", surroundings.lacks_of_nothing, alone=True), "control", "worker"),
         },
         (
             Variant(
                 CHROOT,
                 {
-                    "broker": rules.root_link("the share", _by_root_link),
-                    **_each(rules.root_link("an empty directory that is deleted", lambda _, root: root.endswith(" (deleted)")), "control", "worker"),
+                    "broker": surroundings.root_link("the share", _by_root_link),
+                    **_each(surroundings.root_link("an empty directory that is deleted", lambda _, root: root.endswith(" (deleted)")), "control", "worker"),
                 },
             ),
-            Variant(NO_SANDBOX, _each(rules.root_link("the host's", lambda _, root: root == "/"), "broker", "control", "worker")),
+            Variant(NO_SANDBOX, _each(surroundings.root_link("the host's", lambda _, root: root == "/"), "broker", "control", "worker")),
         ),
     ),
     Expectation(
         "working directory", "task/TID/cwd",
         {
-            "broker": rules.working_directory("/; of its pool's threads its own /proc/self/fd", lambda _: {"/"}, others="/fd"),
-            **_each(rules.working_directory("/", lambda _: {"/"}), "control", "worker"),
+            "broker": surroundings.working_directory("/; of its pool's threads its own /proc/self/fd", lambda _: {"/"}, others="/fd"),
+            **_each(surroundings.working_directory("/", lambda _: {"/"}), "control", "worker"),
         },
         (
             Variant(
                 CHROOT,
                 {
-                    "broker": rules.working_directory("the share; of its pool's threads its own /proc/self/fd", lambda subject: {subject.daemon.options.shared_dir}, others="/fd"),
-                    **_each(rules.root_link("its root", lambda _, root: root.endswith(" (deleted)")), "control", "worker"),
+                    "broker": surroundings.working_directory("the share; of its pool's threads its own /proc/self/fd", lambda subject: {subject.daemon.options.shared_dir}, others="/fd"),
+                    **_each(surroundings.root_link("its root", lambda _, root: root.endswith(" (deleted)")), "control", "worker"),
                 },
             ),
         ),
     ),
     Expectation(
         "memory", "owner of /proc/PID/mem; where that is root's anyway the process, at its lock-down",
-        _same_for_all(rules.hidden_memory("not dumpable: closed to other processes")),
+        _same_for_all(surroundings.hidden_memory("not dumpable: closed to other processes")),
     ),
     Expectation(
         "limits", "/proc/PID/limits",
         {
-            "supervisor": rules.limits({"core file size": 0}),
-            "broker": rules.limits(NO_MORE),
-            "control": rules.limits(NO_MORE, 2048),
-            "worker": rules.limits(NO_MORE, 65536),
+            "supervisor": surroundings.limits({"core file size": 0}),
+            "broker": surroundings.limits(NO_MORE),
+            "control": surroundings.limits(NO_MORE, 2048),
+            "worker": surroundings.limits(NO_MORE, 65536),
         },
     ),
     Expectation(
         "environment", "/proc/PID/environ",
         {
-            "supervisor": rules.anything("that of who started vfsd", rules.show_environment),
-            **_each(rules.no_environment("empty"), "broker", "control", "worker"),
+            "supervisor": anything("that of who started vfsd", surroundings.show_environment),
+            **_each(surroundings.no_environment("empty"), "broker", "control", "worker"),
         },
     ),
     Expectation(
         "descriptors", "/proc/PID/fd and fdinfo, sock_diag(7)",
-        _same_for_all(rules.known_descriptors("each has a known purpose")),
+        _same_for_all(processes.known_descriptors("each has a known purpose")),
     ),
 )  # fmt: skip
 
@@ -285,20 +288,20 @@ def judge(daemon: Daemon) -> Iterator[tuple[Subject, list[Finding]]]:
     known = purposes(daemon)
     for process in daemon.processes:
         subject = Subject(daemon, process, known.get(process.pid))
-        yield subject, [_finding(subject, each) for each in EXPECTATIONS if process.role in each.rules] or [_unknown()]
+        yield subject, [_finding(subject, each) for each in EXPECTATIONS if process.role in each.checks] or [_unknown()]
 
 
 def _finding(subject: Subject, expectation: Expectation) -> Finding:
     role = subject.process.role
-    variants = (each for each in expectation.variants if role in each.rules and each.condition.holds(subject.daemon))
+    variants = (each for each in expectation.variants if role in each.checks and each.condition.holds(subject.daemon))
     variant = next(variants, None)
-    rule = (variant or expectation).rules[role]
+    check = (variant or expectation).checks[role]
     condition = variant.condition if variant is not None else None
-    holds, seen = rule.look(subject)
+    holds, seen = check.look(subject)
     state: State = "not visible" if holds is None else "NOT MET" if not holds else "met"
     if state == "met" and condition is not None and condition.weaker:
         state = "weaker"
-    return Finding(expectation, rule.text, state, seen, condition)
+    return Finding(expectation, check.text, state, seen, condition)
 
 
 def _unknown() -> Finding:

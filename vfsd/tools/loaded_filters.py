@@ -8,16 +8,12 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from typing import Literal
 
 from vfsd.errors import ConfigError
 from vfsd.sandbox.ptrace import read_filters
-from vfsd.sandbox.seccomp import Policy
+from vfsd.sandbox.seccomp import KILL_MODES, KillMode, Policy
 from vfsd.sandbox.seccomp_load import INSTRUCTION_BYTES
 from vfsd.tools.processes import no_process, role_of, threads_of
-
-Action = Literal["kill", "log", "trap"]
-ACTIONS: tuple[Action, ...] = ("kill", "log", "trap")
 
 # Filters are inherited over exec. The broker starts before the supervisor confines itself, the others after.
 EXPECTED = {
@@ -34,7 +30,7 @@ class Filter:
 
     program: bytes
     role: str | None
-    action: Action | None
+    action: KillMode | None
 
     @property
     def digest(self) -> str:
@@ -80,12 +76,12 @@ def digest_of(program: bytes) -> str:
     return hashlib.sha256(program).hexdigest()
 
 
-def compiled_filters(policy: Policy) -> dict[bytes, tuple[str, Action]]:
+def compiled_filters(policy: Policy) -> dict[bytes, tuple[str, KillMode]]:
     """Every program that this policy can become, with each meaning of "kill" that --seccomp knows."""
-    return {policy.compile(role, action): (role, action) for role in policy.roles for action in ACTIONS}
+    return {policy.compile(role, action): (role, action) for role in policy.roles for action in KILL_MODES}
 
 
-def look_at(pid: int, known: dict[bytes, tuple[str, Action]]) -> LoadedFilters:
+def look_at(pid: int, known: dict[bytes, tuple[str, KillMode]]) -> LoadedFilters:
     """Raises ConfigError when the process is gone or may not be looked at."""
     role = role_of(pid)
     threads = {}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from vfsd.sandbox.seccomp_policy import ARCHITECTURES, ROLES, Role, Rule
+from vfsd.sandbox.seccomp_policy import ARCHITECTURES, ROLES, RolePolicy, Rule
 from vfsd.sandbox.seccomp_sets import Region, allowed_arguments, cubes_of, find_new
 from vfsd.tools.policy_words import add_json_option, add_role_option, condition_words, outcome_words, readable_roles
 
@@ -48,7 +48,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.set_defaults(run=_run)
 
 
-def find_changes(old: Role, new: Role, architecture: str) -> Iterator[Change]:
+def find_changes(old: RolePolicy, new: RolePolicy, architecture: str) -> Iterator[Change]:
     names = {rule.syscall for role in (old, new) for rule in role.rules_for(architecture)}
     if old.default != new.default:
         kind: Kind = "possible" if new.default == "allow" else "impossible"
@@ -64,7 +64,7 @@ def find_changes(old: Role, new: Role, architecture: str) -> Iterator[Change]:
             yield Change(new.name, "fails differently", syscall, example, *texts)
 
 
-def _find_other_failure(old: Role, new: Role, syscall: str, architecture: str) -> tuple[int, ...] | None:
+def _find_other_failure(old: RolePolicy, new: RolePolicy, syscall: str, architecture: str) -> tuple[int, ...] | None:
     """Arguments with which the call fails by another errno than before, or is killed instead."""
     errnos = {rule.action for role in (old, new) for rule in _about(role, syscall, architecture) if isinstance(rule.action, int)}
     for errno in sorted(errnos):
@@ -75,16 +75,16 @@ def _find_other_failure(old: Role, new: Role, syscall: str, architecture: str) -
     return None
 
 
-def _failing_with(errno: int, role: Role, syscall: str, architecture: str) -> Region:
+def _failing_with(errno: int, role: RolePolicy, syscall: str, architecture: str) -> Region:
     rules = [rule for rule in _about(role, syscall, architecture) if rule.action == errno and not isinstance(rule.action, str)]
     return Region(tuple(cube for rule in rules for cube in cubes_of(rule.comparisons)))
 
 
-def _about(role: Role, syscall: str, architecture: str) -> list[Rule]:
+def _about(role: RolePolicy, syscall: str, architecture: str) -> list[Rule]:
     return [rule for rule in role.rules_for(architecture) if rule.syscall == syscall]
 
 
-def _say(role: Role, syscall: str, architecture: str) -> tuple[str, ...]:
+def _say(role: RolePolicy, syscall: str, architecture: str) -> tuple[str, ...]:
     rules = _about(role, syscall, architecture)
     return tuple(f"{condition_words(rule)}: {outcome_words(rule.action)}" for rule in rules) or (f"no rule: {outcome_words(role.default)}",)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from vfsd.sandbox import bpf
 from vfsd.sandbox.seccomp import compile_role, syscall_name
-from vfsd.sandbox.seccomp_policy import Role
+from vfsd.sandbox.seccomp_policy import RolePolicy
 from vfsd.tools.policy_foreign import Shown
 
 _OFFSET_NUMBER, _OFFSET_ARCHITECTURE, _OFFSET_ARGUMENTS = 0, 4, 16  # struct seccomp_data
@@ -25,7 +25,7 @@ _FIXED_RETURNS = {
 }
 
 
-def disassemble_roles(roles: Sequence[Role], architecture: str) -> Shown:
+def disassemble_roles(roles: Sequence[RolePolicy], architecture: str) -> Shown:
     parts = [f"# role {role.name}, {architecture}\n{disassemble(compile_role(role, 'kill', architecture), architecture)}" for role in roles]
     return Shown("\n".join(parts))
 

@@ -10,7 +10,7 @@ from typing import Any
 from vfsd.errors import ConfigError
 from vfsd.sandbox.seccomp import syscall_name, syscall_number
 from vfsd.sandbox.seccomp_forbidden import FORBIDDEN, Forbidden
-from vfsd.sandbox.seccomp_policy import ARCHITECTURES, Role, Rule
+from vfsd.sandbox.seccomp_policy import ARCHITECTURES, RolePolicy, Rule
 from vfsd.tools.policy_words import (
     action_word,
     add_arch_option,
@@ -64,7 +64,7 @@ def _run(found: argparse.Namespace) -> int:
     return 0
 
 
-def _explain(role: Role, syscall: str, architecture: str) -> Iterator[str]:
+def _explain(role: RolePolicy, syscall: str, architecture: str) -> Iterator[str]:
     rules = _rules_about(role, syscall, architecture)
     otherwise = outcome_words(role.default)
     if not rules:
@@ -82,15 +82,15 @@ def _explain(role: Role, syscall: str, architecture: str) -> Iterator[str]:
         yield f"  forbidden to every policy{forbidden.arguments()}: it {forbidden.reason}"
 
 
-def _rules_about(role: Role, syscall: str, architecture: str) -> list[Rule]:
+def _rules_about(role: RolePolicy, syscall: str, architecture: str) -> list[Rule]:
     return [rule for rule in role.rules_for(architecture) if rule.syscall == syscall]
 
 
-def _forbidden(role: Role, syscall: str, architecture: str) -> list[Forbidden]:
+def _forbidden(role: RolePolicy, syscall: str, architecture: str) -> list[Forbidden]:
     return [each for each in FORBIDDEN if each.syscall == syscall and role.name in each.roles and architecture in each.architectures]
 
 
-def _as_data(role: Role, syscall: str, architecture: str) -> dict[str, Any]:
+def _as_data(role: RolePolicy, syscall: str, architecture: str) -> dict[str, Any]:
     return {
         "otherwise": role.default,
         "rules": [

@@ -13,7 +13,7 @@ from vfsd.errors import ConfigError
 from vfsd.sandbox.seccomp import compile_role, missing_or_unknown_roles, missing_syscall, read_policy
 from vfsd.sandbox.seccomp_forbidden import find_weaknesses
 from vfsd.sandbox.seccomp_load import BPF_MAXINSNS, INSTRUCTION_BYTES
-from vfsd.sandbox.seccomp_policy import ARCHITECTURES, Role, Rule, examine_policy
+from vfsd.sandbox.seccomp_policy import ARCHITECTURES, RolePolicy, Rule, examine_policy
 from vfsd.sandbox.seccomp_sets import cubes_of, find_uncovered
 
 Kind = Literal["schema", "role", "syscall", "redundant", "forbidden", "size"]
@@ -38,7 +38,7 @@ class Examined:
 
     path: str
     sha256: str
-    roles: dict[str, Role]
+    roles: dict[str, RolePolicy]
     findings: list[Finding]
 
 
@@ -63,7 +63,7 @@ def _join_alike(found: list[tuple[str, Finding]]) -> list[Finding]:
     return [Finding(finding.kind, finding.text, tuple(architectures)) for finding, architectures in where.items()]
 
 
-def _examine_role(role: Role, architecture: str) -> Iterator[Finding]:
+def _examine_role(role: RolePolicy, architecture: str) -> Iterator[Finding]:
     missing = [text for rule in role.rules_for(architecture) if (text := missing_syscall(rule, architecture))]
     yield from (Finding("syscall", text) for text in missing)
     yield from (Finding("redundant", text) for text in _find_redundant(role.rules_for(architecture)))
@@ -84,7 +84,7 @@ def _find_redundant(rules: list[Rule]) -> Iterator[str]:
             yield f'{rule.where}: {named} already cover(s) every call that it is about [the rule\'s reason: "{rule.reason}"]'
 
 
-def _try_to_compile(role: Role, architecture: str) -> Iterator[Finding]:
+def _try_to_compile(role: RolePolicy, architecture: str) -> Iterator[Finding]:
     try:
         program = compile_role(role, "kill", architecture)
     except ConfigError as error:

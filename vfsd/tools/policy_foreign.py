@@ -13,7 +13,7 @@ from typing import Any
 
 from vfsd.errors import ConfigError
 from vfsd.sandbox.seccomp_conditions import Comparison
-from vfsd.sandbox.seccomp_policy import Action, Role, Rule
+from vfsd.sandbox.seccomp_policy import Action, RolePolicy, Rule
 from vfsd.tools.policy_words import action_word
 
 _ALL_BITS = (1 << 64) - 1
@@ -31,7 +31,7 @@ class Shown:
     left_out: tuple[str, ...] = ()
 
 
-def oci(roles: Sequence[Role], architecture: str) -> Shown:
+def oci(roles: Sequence[RolePolicy], architecture: str) -> Shown:
     """linux.seccomp of the OCI runtime specification."""
     (role,) = roles
     profile = {
@@ -66,7 +66,7 @@ def _oci_argument(comparison: Comparison) -> dict[str, Any]:
     return {"index": comparison.argument, "value": comparison.value, "valueTwo": comparison.operand, "op": "SCMP_CMP_MASKED_EQ"}
 
 
-def firecracker(roles: Sequence[Role], architecture: str) -> Shown:
+def firecracker(roles: Sequence[RolePolicy], architecture: str) -> Shown:
     """Seccompiler's JSON: a filter for each thread category, here for each role; one action for all that match."""
     filters: dict[str, Any] = {}
     left_out: list[str] = []
@@ -104,7 +104,7 @@ def _firecracker_comparison(comparison: Comparison) -> dict[str, Any]:
     return {"op": {"masked_eq": comparison.value}, "val": comparison.operand}
 
 
-def minijail(roles: Sequence[Role], architecture: str) -> Shown:
+def minijail(roles: Sequence[RolePolicy], architecture: str) -> Shown:
     """A .policy of minijail and crosvm. They have no masked comparison, but "no bit but" (in) and "this bit" (&) amount to one."""
     (role,) = roles
     if role.default == "allow":

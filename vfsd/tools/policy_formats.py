@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from vfsd.sandbox.seccomp_policy import ARCHITECTURES, VERSION, Role, Rule
+from vfsd.sandbox.seccomp_policy import ARCHITECTURES, VERSION, RolePolicy, Rule
 from vfsd.tools.policy_foreign import Shown
 from vfsd.tools.policy_words import action_word, condition_words, counted_syscalls, outcome_words
 
 _HEADINGS = ("SYSTEM CALL", "OUTCOME", "IF", "USED BY", "REASON")
 
 
-def table(roles: Sequence[Role], architecture: str) -> Shown:
+def table(roles: Sequence[RolePolicy], architecture: str) -> Shown:
     return Shown("\n".join(_table_of(role, architecture) for role in roles))
 
 
-def _table_of(role: Role, architecture: str) -> str:
+def _table_of(role: RolePolicy, architecture: str) -> str:
     rows = [_HEADINGS, *(_row(rule) for rule in role.rules_for(architecture))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -31,7 +31,7 @@ def _row(rule: Rule) -> tuple[str, ...]:
     return rule.syscall, outcome_words(rule.action), condition_words(rule), rule.used_by, rule.reason
 
 
-def toml(roles: Sequence[Role]) -> Shown:
+def toml(roles: Sequence[RolePolicy]) -> Shown:
     """The rules of all machines: what `--seccomp-policy` takes, if it is every role."""
     lines = ["# Groups resolved.", f"version = {VERSION}"]
     for role in roles:
@@ -41,7 +41,7 @@ def toml(roles: Sequence[Role]) -> Shown:
     return Shown("\n".join(lines) + "\n")
 
 
-def written_rules(role: Role) -> list[tuple[Rule, tuple[str, ...]]]:
+def written_rules(role: RolePolicy) -> list[tuple[Rule, tuple[str, ...]]]:
     """The rules as written, and for which machines: one becomes two where the machines number a constant differently."""
     machines: dict[str, set[str]] = {}
     for rule in role.rules:
@@ -50,7 +50,7 @@ def written_rules(role: Role) -> list[tuple[Rule, tuple[str, ...]]]:
     return [(rule, tuple(each for each in ARCHITECTURES if each in machines[where])) for where, rule in written.items()]
 
 
-def _inline_table(rule: Rule, machines: tuple[str, ...], role: Role) -> str:
+def _inline_table(rule: Rule, machines: tuple[str, ...], role: RolePolicy) -> str:
     fields: dict[str, object] = {"syscall": rule.syscall}
     if rule.conditions:
         fields["when"] = list(rule.conditions)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vfsd.errors import ConfigError
 from vfsd.sandbox.seccomp import compile_role, describe_role
-from vfsd.sandbox.seccomp_policy import Role
+from vfsd.sandbox.seccomp_policy import RolePolicy
 from vfsd.tools import policy_disasm, policy_foreign, policy_formats
 from vfsd.tools.policy_foreign import Shown
 from vfsd.tools.policy_words import add_arch_option, add_policy_argument, add_role_option, chosen_roles
@@ -17,11 +17,11 @@ from vfsd.tools.policy_words import add_arch_option, add_policy_argument, add_ro
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    render: Callable[[Sequence[Role], str], Shown]
+    render: Callable[[Sequence[RolePolicy], str], Shown]
     roles_in_one: bool = True  # False: the format is for one process, so a role must be named
 
 
-def _pfc(roles: Sequence[Role], architecture: str) -> Shown:
+def _pfc(roles: Sequence[RolePolicy], architecture: str) -> Shown:
     return Shown("".join(f"# role {role.name}\n{describe_role(role, architecture)}" for role in roles))
 
 

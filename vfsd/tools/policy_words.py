@@ -8,7 +8,7 @@ import platform
 
 from vfsd.errors import ConfigError
 from vfsd.sandbox.seccomp import POLICY_FILE
-from vfsd.sandbox.seccomp_policy import ARCHITECTURES, ROLES, Action, Role, Rule
+from vfsd.sandbox.seccomp_policy import ARCHITECTURES, ROLES, Action, RolePolicy, Rule
 from vfsd.tools.policy_findings import examine_file
 
 
@@ -36,7 +36,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def readable_roles(path: str) -> dict[str, Role]:
+def readable_roles(path: str) -> dict[str, RolePolicy]:
     """The roles of a policy that is understood completely; it may be weak, or for other machines."""
     examined = examine_file(path)
     wrong = [finding for finding in examined.findings if finding.kind in ("schema", "role")]
@@ -46,7 +46,7 @@ def readable_roles(path: str) -> dict[str, Role]:
     return examined.roles
 
 
-def chosen_roles(path: str, role: str | None) -> list[Role]:
+def chosen_roles(path: str, role: str | None) -> list[RolePolicy]:
     roles = readable_roles(path)
     return [roles[name] for name in ROLES if role in (None, name)]
 
@@ -75,7 +75,7 @@ def condition_words(rule: Rule) -> str:
     return " and ".join(rule.conditions) or "any arguments"
 
 
-def counted_syscalls(role: Role, architecture: str) -> int:
+def counted_syscalls(role: RolePolicy, architecture: str) -> int:
     """How many calls a role may make; of one that may make all but some: how many it may not."""
     counts_denied = role.default == "allow"
     return len({rule.syscall for rule in role.rules_for(architecture) if (rule.action != "allow") == counts_denied})

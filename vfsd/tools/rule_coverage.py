@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from vfsd.errors import ConfigError
 from vfsd.sandbox.seccomp import Policy
-from vfsd.sandbox.seccomp_policy import Role
+from vfsd.sandbox.seccomp_policy import RolePolicy
 from vfsd.tools.syscall_record import SyscallRecord, rule_name
 
 SELDOM_USED_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "seldom_used.toml")
@@ -65,7 +65,7 @@ def cover(policy: Policy, record: SyscallRecord, seldom: dict[tuple[str, str], s
     return [each for role in policy.roles.values() for each in _cover_role(role, record, seldom)]
 
 
-def _cover_role(role: Role, record: SyscallRecord, seldom: dict[tuple[str, str], str]) -> list[RuleCoverage]:
+def _cover_role(role: RolePolicy, record: SyscallRecord, seldom: dict[tuple[str, str], str]) -> list[RuleCoverage]:
     used = record.roles[role.name].used if role.name in record.roles else {}
     rows = []
     here = {rule_name(rule) for rule in role.rules_for(platform.machine())}

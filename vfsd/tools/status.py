@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from vfsd.tools.check import Subject
 from vfsd.tools.daemon import Daemon, Process, examine, find_supervisor
 from vfsd.tools.expectations import Finding, judge
-from vfsd.tools.rules import Subject
 
 _SEEN_WIDTH = 70
 _EPILOG = """Run it as root. An ordinary user sees less of even their own vfsd, whose processes are not dumpable; what is not visible

@@ -16,7 +16,7 @@ from typing import Any
 
 from vfsd.errors import ConfigError
 from vfsd.sandbox.seccomp import Policy
-from vfsd.sandbox.seccomp_policy import Role, Rule
+from vfsd.sandbox.seccomp_policy import RolePolicy, Rule
 
 FORMAT = 1
 _EXAMPLES_MAX = 16  # arguments that are kept of one call that the policy has no rule for: enough to write one
@@ -146,7 +146,7 @@ class Recorder:
             record.miss(syscall, 1, [arguments])
 
 
-def _deciding(role: Role, syscall: str, arguments: tuple[int, ...]) -> str | None:
+def _deciding(role: RolePolicy, syscall: str, arguments: tuple[int, ...]) -> str | None:
     padded = (arguments + (0,) * _ARGUMENTS)[:_ARGUMENTS]
     rule = role.deciding_rule(syscall, padded, platform.machine())
     return None if rule is None else rule_name(rule)
