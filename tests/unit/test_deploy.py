@@ -116,6 +116,17 @@ def test_the_apparmor_profile_compiles(tmp_path):
     assert parse_profile(wrong).returncode != 0
 
 
+def test_the_apparmor_profile_refuses_no_path():
+    """What AppArmor sees of the broker are paths of the share: /opt/vfsd in it is a guest's directory like any other."""
+    path = DEPLOY / "apparmor/vfsd"
+    whole = subprocess.run(
+        ["apparmor_parser", "--preprocess", path], capture_output=True, text=True, check=True
+    ).stdout  # with what it includes
+    rules = [line.strip() for line in whole.splitlines() if not line.lstrip().startswith("#")]
+    assert [rule for rule in rules if re.match(r"(audit +)?deny\b", rule)] == []
+    assert {"/ r,", "/** rwlk,"} <= set(rules)
+
+
 def test_the_apparmor_profile_has_the_capabilities_that_vfsd_uses():
     named = set(re.findall(r"^ +capability (\w+),", (DEPLOY / "apparmor/vfsd").read_text(), re.MULTILINE))
     used = {*_BROKER_CAPABILITIES, _HANDLE_CAPABILITY, *SUPERVISOR_CAPABILITIES}

@@ -484,3 +484,16 @@ def test_how_long_a_start_may_take_is_for_a_service_manager_to_say(stage, tmp_pa
         heard = [sock.recv(4096).decode().splitlines() for _ in range(4)]
     assert all(re.fullmatch(r"STATUS=Starting: (broker|control|worker 0)(, (broker|control|worker 0))?", text) for [text] in heard[:2])
     assert heard[2:] == [["READY=1", "STATUS=Waiting for a frontend, to serve /tmp"], ["STOPPING=1", "STATUS=Ending"]]
+
+
+def test_a_start_that_hangs_ends_also_where_a_service_manager_would_wait(stage, tmp_path, monkeypatch):
+    """Which may have been told to wait for ever; ours is the longer limit of the two that vfsd has."""
+    assert vfsd.supervisor.LONGEST_START_SECONDS > vfsd.supervisor.START_SECONDS
+    monkeypatch.setattr(vfsd.supervisor, "LONGEST_START_SECONDS", 0.5)
+    stage.scripts["vfsd.worker"] = "idle()"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(os.fspath(tmp_path / "notify"))
+        stage.manager = ServiceManager(connect_notify_socket(sock.getsockname()))
+        assert stage.run() == 1
+        stage.manager.close()
+    assert re.fullmatch(r"not ready after \d+ s: .*\bworker 0", stage.last_line())

@@ -151,3 +151,17 @@ def test_when_every_thread_hangs_in_the_host_it_says_so_itself(supervisor):
     channel.send(Stop())
     watchdog.watch(pool)
     assert channel.receive().message == IAmWell()
+
+
+def test_the_leader_does_each_of_several_wishes_once(bench):
+    """Between two packets, in the order of asking; asked for twice before its turn it is still one, afterwards a new one."""
+    done = []
+    first, second = (lambda: done.append("first")), (lambda: done.append("second"))
+    for wish in (first, second, first):
+        bench.server.have_leader_call(wish)
+    assert done == []
+    bench.pump()
+    assert done == ["first", "second"]
+    bench.server.have_leader_call(first)
+    bench.pump()
+    assert done == ["first", "second", "first"]
