@@ -1,60 +1,65 @@
 """Documents that are made from the source are what the source would make of them now, and numbers in the others are right."""
 
-import importlib.machinery
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from tests.support.documents import TREE, load_tool
 from vfsd.sandbox.seccomp import load_policy
 from vfsd.sandbox.seccomp_forbidden import FORBIDDEN
+from vfsd.tools.expectations import EXPECTATIONS
+from vfsd.tools.fd_purposes import TOLD_BY
 from vfsd.tools.rule_coverage import FINDINGS, State, load_seldom_used
 from vfsd.tools.syscall_record import rule_name
 from vfsd.wire import broker_messages, channel
 
-TREE = Path(__file__).parents[2]
-TOOLS = {name: TREE / "tools" / name for name in ("protocol_doc", "seccomp_doc")}
+
+class Generated(NamedTuple):
+    """`change`: of a document that its tool then must find to be wrong, for it `says` something else."""
+
+    document: str
+    change: tuple[str, str]
+    says: str
 
 
-@pytest.fixture(scope="module")
-def protocol_doc():
-    return load_tool("protocol_doc")
+GENERATED = {
+    "protocol_doc": Generated("protocol.md", ("| 10 | Lookup |", "| 11 | Lookup |"), "the tables say"),
+    "seccomp_doc": Generated("seccomp.md", ("`preadv2`", "`preadv`"), "the policy says"),
+    "census_doc": Generated(
+        "census.md", ("| threads | /proc/PID/task | 1 | 22 |", "| threads | /proc/PID/task | 1 | 23 |"), "the expectations say"
+    ),
+}
 
 
-@pytest.fixture(scope="module")
-def seccomp_doc():
-    return load_tool("seccomp_doc")
+@pytest.mark.parametrize("name", GENERATED)
+def test_a_generated_document_is_up_to_date(name):
+    assert load_tool(name).check(TREE / "docs" / GENERATED[name].document) == ""
 
 
-def load_tool(name):
-    loader = importlib.machinery.SourceFileLoader(name, str(TOOLS[name]))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
-    try:
-        loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = before
-    return module
+@pytest.mark.parametrize("name", GENERATED)
+def test_a_changed_or_missing_document_is_noticed(name, tmp_path):
+    generated = GENERATED[name]
+    document, right = tmp_path / generated.document, load_tool(name).render()
+    assert "missing" in load_tool(name).check(document)
+    assert generated.change[0] in right
+    document.write_text(right.replace(*generated.change))
+    assert f"not what {generated.says}" in load_tool(name).check(document)
 
 
-def test_the_protocol_document_is_up_to_date(protocol_doc):
-    assert protocol_doc.check(TREE / "docs" / "protocol.md") == ""
+@pytest.mark.parametrize("name", GENERATED)
+def test_the_tool_is_run_by_its_name_and_checks(name):
+    tool = TREE / "tools" / name
+    assert os.access(tool, os.X_OK)
+    done = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_changed_or_missing_document_is_noticed(protocol_doc, tmp_path):
-    document = tmp_path / "protocol.md"
-    assert "missing" in protocol_doc.check(document)
-    document.write_text(protocol_doc.render().replace("| 10 | Lookup |", "| 11 | Lookup |"))
-    assert "not what the tables say" in protocol_doc.check(document)
-
-
-def test_every_message_and_notice_has_a_row(protocol_doc):
-    text = protocol_doc.render()
+def test_every_message_and_notice_has_a_row():
+    text = load_tool("protocol_doc").render()
     rows = [(spec.tag, spec.message) for spec in broker_messages.REQUESTS] + list(broker_messages.NOTICES.items())
     for table in (channel.SUPERVISOR_TO_CHILD, channel.CONTROL_TO_SUPERVISOR, channel.BROKER_TO_SUPERVISOR):
         rows += [(tag, row.message) for tag, row in table.items()]
@@ -64,19 +69,8 @@ def test_every_message_and_notice_has_a_row(protocol_doc):
     assert missing == []
 
 
-def test_the_seccomp_document_is_up_to_date(seccomp_doc):
-    assert seccomp_doc.check(TREE / "docs" / "seccomp.md") == ""
-
-
-def test_a_changed_or_missing_seccomp_document_is_noticed(seccomp_doc, tmp_path):
-    document = tmp_path / "seccomp.md"
-    assert "missing" in seccomp_doc.check(document)
-    document.write_text(seccomp_doc.render().replace("`preadv2`", "`preadv`"))
-    assert "not what the policy says" in seccomp_doc.check(document)
-
-
-def test_every_rule_and_every_forbidden_call_has_a_place_in_the_document(seccomp_doc):
-    text = seccomp_doc.render()
+def test_every_rule_and_every_forbidden_call_has_a_place_in_the_document():
+    text = load_tool("seccomp_doc").render()
     sections = dict(re.findall(r"^## (\w+)$(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL))
     for name, role in load_policy().roles.items():
         rows = [line for line in sections[name].splitlines() if line.startswith("| `")]
@@ -86,11 +80,13 @@ def test_every_rule_and_every_forbidden_call_has_a_place_in_the_document(seccomp
     assert [each.syscall for each in FORBIDDEN if f"`{each.syscall}`" not in forbidden] == []
 
 
-@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
-def test_the_tool_is_run_by_its_name_and_checks(tool):
-    assert os.access(tool, os.X_OK)
-    done = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_census_has_a_row_for_each_expectation_variant_and_purpose():
+    text = load_tool("census_doc").render()
+    for expectation in EXPECTATIONS:
+        assert f"| {expectation.what} | {expectation.shown_by} |" in text
+        for variant in expectation.variants:
+            assert f"| {variant.condition.name} | {expectation.what} |" in text
+    assert all(f"| {purpose} |" in text for _, purpose, _ in TOLD_BY)
 
 
 def test_every_rule_is_in_the_document_of_what_was_exercised():

@@ -1,38 +1,22 @@
 """docs/semantics.md names every property, every operation, and tests that exist."""
 
-import ast
 import re
-from functools import cache
-from pathlib import Path
 
 import pytest
 
+from tests.support.documents import NAMED_TEST, TESTS, functions_of, missing_tests
 from vfsd.wire import fuse_abi as abi
 from vfsd.worker.opcodes import HANDLERS
 
-TESTS = Path(__file__).parents[1]
 TEXT = (TESTS.parent / "docs" / "semantics.md").read_text(encoding="utf-8")
 MEASURED = {49}  # speed is measured, not tested
 _ROW = re.compile(r"^\| (?P<first>[A-Z0-9_]+) \|(?P<rest>.*)\|$", re.MULTILINE)
-_TEST = re.compile(r"`([a-z]+/test_\w+\.py)::(test_\w+)`")
 
 ROWS = {match["first"]: match["rest"] for match in _ROW.finditer(TEXT)}
-NAMED = sorted({f"{path}::{name}" for path, name in _TEST.findall(TEXT)})
-
-
-@cache
-def functions_of(path):
-    tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-
-
-def exists(test):
-    path, _, name = test.partition("::")
-    return (TESTS / path).exists() and name in functions_of(path)
 
 
 def test_every_test_that_is_named_exists():
-    assert [test for test in NAMED if not exists(test)] == []
+    assert missing_tests(TEXT) == []
 
 
 def test_every_property_is_in_the_table():
@@ -41,7 +25,7 @@ def test_every_property_is_in_the_table():
 
 @pytest.mark.parametrize("number", sorted(set(range(1, 51)) - MEASURED))
 def test_every_property_has_a_test(number):
-    assert _TEST.search(ROWS[str(number)])
+    assert NAMED_TEST.search(ROWS[str(number)])
 
 
 def test_every_test_of_a_property_is_in_its_row():
@@ -59,4 +43,4 @@ def test_every_operation_is_in_the_table_and_has_a_test():
     for opcode, candidates in names.items():
         rows = [ROWS[name] for name in candidates if name in ROWS]
         assert rows, f"opcode {opcode}: {candidates}"
-        assert all(_TEST.search(row) for row in rows)
+        assert all(NAMED_TEST.search(row) for row in rows)
