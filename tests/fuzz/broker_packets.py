@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from pathlib import Path
 from typing import Any
 
 import msgpack
 
 from tests.fuzz.fuse_grammar import NAMES
-from tests.fuzz.oracle import open_fd_count
 from tests.fuzz.provider import Provider, Recipe
+from tests.fuzz.rigs import Rigs, check_nothing_is_left
 from tests.fuzz.share import CONTENT, SmallShare, as_the_broker
 from tests.support.broker import Bench, FakeWorker
 from vfsd.errors import WorkerBreach
@@ -71,8 +70,9 @@ class _Rig:
         self.bench = Bench(share.path, **_CONFIGURATIONS[number])
         self.neighbour = self.bench.add(0)
         self.next_index = 1
-        self.bench.begin_session()
         self.fds = 0
+        self.bench.begin_session()
+        self.wipe()
 
     def settle(self, *workers: FakeWorker) -> None:
         """The broker works, and who is told of a session or of locks says that it knows."""
@@ -83,31 +83,18 @@ class _Rig:
                     worker.read()
                     _acknowledge(worker)
 
+    def wipe(self) -> None:
+        (number,) = self.neighbour.send(wire.SessionStart(0))
+        self.settle()
+        assert self.neighbour.replies.pop(number).errno == 0
+        self.bench.share.paths.sweep(float("inf"))
+
     def close(self) -> None:
         self.bench.close()
 
 
-_shares: list[SmallShare] = []
-_rigs: list[_Rig] = []
-
-
-def open_rig(folder: Path) -> None:
-    for number in range(len(_CONFIGURATIONS)):
-        _shares.append(SmallShare(folder / str(number)))
-        with as_the_broker():
-            _rigs.append(_Rig(_shares[-1], number))
-    for rig in _rigs:
-        _wipe(rig)
-    for rig in _rigs:
-        rig.fds = open_fd_count()
-
-
-def close_rig() -> None:
-    for rig in _rigs:
-        rig.close()
-    _rigs.clear()
-    while _shares:
-        _shares.pop().close()
+_rigs = Rigs(_Rig, len(_CONFIGURATIONS))
+open_rig, close_rig = _rigs.open, _rigs.close
 
 
 def _acknowledge(worker: FakeWorker) -> None:
@@ -130,13 +117,8 @@ def one_input(data: bytes) -> None:
         run.run()
         _check_neighbour(rig)
         run.leave()
-        _wipe(rig)
-        assert rig.bench.log.bugs == []
-        assert rig.bench.share.store.held == 1
-        assert len(rig.bench.share.files) == 0
-        assert len(rig.bench.server._locks.waits) == 0
-        assert open_fd_count() == rig.fds, "a descriptor was lost"
-        rig.bench.log.lines.clear()
+        rig.wipe()
+        check_nothing_is_left(rig)
 
 
 def _check_neighbour(rig: _Rig) -> None:
@@ -148,13 +130,6 @@ def _check_neighbour(rig: _Rig) -> None:
     with fd:
         assert os.pread(fd.fileno(), 1000, 0) == CONTENT
     assert rig.share.canary.read_bytes() == b"canary"
-
-
-def _wipe(rig: _Rig) -> None:
-    (number,) = rig.neighbour.send(wire.SessionStart(0))
-    rig.settle()
-    assert rig.neighbour.replies.pop(number).errno == 0
-    rig.bench.share.paths.sweep(float("inf"))
 
 
 class _Run:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import random
-from pathlib import Path
 
 from tests.fuzz import fuse_grammar, fuse_sequences
 from tests.fuzz.fuse_grammar import ALL_INIT_FLAGS, Guest
-from tests.fuzz.oracle import open_fd_count
 from tests.fuzz.provider import Provider, Recipe
+from tests.fuzz.rigs import Rigs, check_nothing_is_left
 from tests.fuzz.share import CONTENT, SmallShare, as_the_broker
 from tests.support.broker import Bench
 from tests.support.worker import Reply, Worker, pack_request
@@ -72,15 +71,10 @@ class _Rig:
 
     def check_nothing_is_left(self) -> None:
         assert self.worker.log.bugs == []
-        assert self.bench.log.bugs == []
         assert self.bench.breaches == []
-        assert len(self.bench.share.files) == 0
-        assert self.bench.share.store.held == 1
-        assert len(self.bench.server._locks.waits) == 0
-        assert open_fd_count() == self.fds, "a descriptor was lost"
+        check_nothing_is_left(self)
         self.worker.queue.pushed.clear()
         self.worker.log.lines.clear()
-        self.bench.log.lines.clear()
 
     def close(self) -> None:
         self.worker.close()
@@ -88,24 +82,8 @@ class _Rig:
         self.bench.close()
 
 
-_shares: list[SmallShare] = []
-_rigs: list[_Rig] = []
-
-
-def open_rig(folder: Path) -> None:
-    for number in range(len(_CONFIGURATIONS)):
-        _shares.append(SmallShare(folder / str(number)))
-        _rigs.append(_Rig(_shares[-1], number))
-    for rig in _rigs:
-        rig.fds = open_fd_count()
-
-
-def close_rig() -> None:
-    for rig in _rigs:
-        rig.close()
-    _rigs.clear()
-    while _shares:
-        _shares.pop().close()
+_rigs = Rigs(_Rig, len(_CONFIGURATIONS))
+open_rig, close_rig = _rigs.open, _rigs.close
 
 
 def one_input(data: bytes) -> None:
