@@ -24,6 +24,7 @@ from vfsd.tools import rules
 from vfsd.tools.daemon import examine
 from vfsd.tools.expectations import EXPECTATIONS, judge
 from vfsd.tools.fd_purposes import TOLD_BY, purposes
+from vfsd.tools.sockets import Sockets
 from vfsd.tools.vfsdctl import run
 
 pytestmark = pytest.mark.root
@@ -325,7 +326,7 @@ def test_a_sysctl_that_would_open_the_brokers_memory_is_found(daemon, monkeypatc
 
 
 def test_only_the_supervisor_may_speak_to_the_system_log_or_a_service_manager(daemon):
-    sockets = {**daemon.sockets, 7: UnixSocket(socket.SOCK_DGRAM, listens=False, peer=8)}
+    sockets = Sockets({**daemon.sockets.by_inode, 7: UnixSocket(socket.SOCK_DGRAM, listens=False, peer=8)})
     spoil = with_fd(Fd(number=99, target="socket:[7]", inode=7))
     for role, expected in (("supervisor", set()), ("broker", {"descriptors"}), ("worker", {"descriptors"})):
         processes = list(daemon.processes)
