@@ -10,7 +10,7 @@ from pathlib import Path
 
 TREE = Path(__file__).parents[1]
 VFSDCTL = str(Path(sys.executable).with_name("vfsdctl"))
-PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--randomly-seed=1"]
+PYTEST = [sys.executable, "-m", "pytest", "-n", "auto", "-p", "no:cacheprovider", "--randomly-seed=1"]
 OF_A_DAEMON = [sys.executable, "-m", "tools.audit_daemon"]
 # Tables there end with the tests of each threat.
 THREATS = ("docs/hardening.md", "docs/threat-model.md")

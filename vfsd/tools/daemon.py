@@ -64,7 +64,7 @@ class Daemon:
 
     options: InForce
     processes: tuple[Process, ...]
-    sockets: Sockets | None
+    sockets: Sockets
     uptime_seconds: float
     uid_map: IdMap  # of its user namespace, outside: as we see it
     recorded: bool  # whether the supervisor's record could be read

@@ -178,12 +178,11 @@ def _is_pid_file(context: Context, target: str) -> bool:
 
 
 def _socket(context: Context, fd: Fd) -> str | None:
-    sockets = context.daemon.sockets
-    if not fd.target.startswith("socket:") or fd.inode is None or sockets is None:
+    if not fd.target.startswith("socket:") or fd.inode is None:
         return None
-    if fd.inode in sockets.unseen:
+    if fd.inode in context.daemon.sockets.unseen:
         return OTHER_END_UNSEEN
-    found = sockets.by_inode.get(fd.inode)
+    found = context.daemon.sockets.by_inode.get(fd.inode)
     return None if found is None else _unix_socket(context, found)
 
 
@@ -229,8 +228,7 @@ def _is_the_frontends(context: Context, fd: Fd) -> bool:
         return False
     if fd.target.startswith("pipe:"):
         return True
-    sockets = context.daemon.sockets
-    found = None if sockets is None else sockets.by_inode.get(fd.inode or 0)
+    found = context.daemon.sockets.by_inode.get(fd.inode or 0)
     return found is not None and not found.listens and f"socket:[{found.peer}]" not in context.holders
 
 

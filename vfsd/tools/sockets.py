@@ -20,15 +20,15 @@ class Sockets:
     """`by_inode` has at least those of the daemon that are not `unseen`; other processes' too."""
 
     by_inode: dict[int, UnixSocket] = field(default_factory=dict)
-    unseen: frozenset[int] = frozenset()  # Unix sockets of namespaces into which we may not go
+    unseen: frozenset[int] = frozenset()  # Unix sockets of namespaces into which we may not go, or that this kernel does not tell of
 
 
 def is_unix(fd: Fd) -> bool:
     return fd.protocol is not None and fd.protocol.startswith("UNIX")
 
 
-def sockets_of(processes: Iterable[ProcessCensus]) -> Sockets | None:
-    """`processes`: the supervisor first. None if this kernel does not tell of sockets.
+def sockets_of(processes: Iterable[ProcessCensus]) -> Sockets:
+    """`processes`: the supervisor first.
 
     Other namespaces than ours are looked at only while something is missing: the supervisor's, then that of any process.
     """
@@ -36,7 +36,7 @@ def sockets_of(processes: Iterable[ProcessCensus]) -> Sockets | None:
     wanted = {fd.inode for process in processes for fd in (process.fds or {}).values() if is_unix(fd) and fd.inode is not None}
     ours = unix_sockets()
     if ours is None:
-        return None
+        return Sockets(unseen=frozenset(wanted))
     found = Sockets(ours)
     looked_at, may_look = {os.readlink("/proc/thread-self/ns/net")}, True
     for pid in _in_turn(processes[0].pid):
