@@ -86,8 +86,10 @@ def status(outcomes: Sequence[tuple[Claim, Outcome]], *, unchanged: bool) -> int
 
 
 def try_all(wanted: Sequence[Claim], folder: Path, *, full: bool) -> list[tuple[Claim, Outcome]]:
-    """Interrupted by ^C it goes on to the report: what was not reached is not tried."""
+    """Interrupted by ^C, or asked to end, it goes on to the report: what was not reached is not tried."""
     outcomes: list[tuple[Claim, Outcome]] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         for number, claim in enumerate(wanted, 1):
             print(f"{number}/{len(wanted)} {claim.text} ...", file=sys.stderr, flush=True)

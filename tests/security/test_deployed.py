@@ -120,6 +120,13 @@ def test_filters_that_the_starter_brought_along_are_told_apart(deployed):
             assert tuple(data["filters"][digest]["role"] for digest in own) == EXPECTED[process["role"]]
 
 
+def test_people_are_told_which_filters_were_there_before(deployed):
+    done = subprocess.run([*VFSDCTL, "policy", "dump", "--pid", str(deployed.daemon.pid)], capture_output=True, text=True, check=True)
+    assert done.stdout.count("instructions  of who started vfsd") == BROUGHT_ALONG
+    assert "instructions  supervisor (kill)" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("what the policy compiles to, above 2 filters that vfsd was started with")
+
+
 def test_one_process_is_looked_at_alone(deployed):
     control = deployed.daemon.pids()[2]
     code, data = vfsdctl("policy", "dump", "--pid", str(control))

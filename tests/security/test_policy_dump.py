@@ -79,6 +79,7 @@ def test_the_people_are_told_in_words(served, capsys):
     assert "supervisor (pid" in out
     assert "2 filters, the oldest first" in out
     assert "unknown" not in out
+    assert out.splitlines()[-1].endswith("threads of 5 processes: all have what the policy compiles to")
 
 
 def test_the_instructions_can_be_read(served, capsys):

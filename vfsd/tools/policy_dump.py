@@ -45,6 +45,7 @@ def _run(found: argparse.Namespace) -> int:
         print("\n".join(line for process in processes for line in _lines(process)))
         if found.disasm:
             print("".join(f"\n{each.digest}  {each}\n{_disassembly(each)}" for each in _distinct(processes)), end="")
+        print(f"\n{_summary(processes)}")
     return 1 if any(process.faults() for process in processes) else 0
 
 
@@ -74,6 +75,16 @@ def _lines(process: LoadedFilters) -> list[str]:
         lines += [_line(each, BROUGHT_ALONG) for each in filters[: len(filters) - len(own)]]
         lines += [_line(each, str(each)) for each in own]
     return lines + [f"  WRONG: {fault}" for fault in process.faults()]
+
+
+def _summary(processes: list[LoadedFilters]) -> str:
+    threads = sum(len(process.threads) for process in processes)
+    wrong = sum(len(process.faults()) for process in processes)
+    found = f"{wrong} are WRONG" if wrong else "all have what the policy compiles to"
+    inherited = len(processes[0].inherited)
+    return f"{threads} threads of {len(processes)} processes: {found}" + (
+        f", above {inherited} filters that vfsd was started with" if inherited else ""
+    )
 
 
 def _line(loaded: Filter, what: str) -> str:
