@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +33,7 @@ from vfsd.sandbox.seccomp import POLICY_FILE, load_policy
 LONGEST_SECONDS = 3600
 _CLOSING_LINE = re.compile(r"^=+ (.*) in [\d.]+s.* =+$")
 _SKIPPED = re.compile(r"^SKIPPED \[(\d+)\] \S+ (.*)$", re.MULTILINE)
+_END_SECONDS = 60
 _SHOWN = 5  # lines of a failure, in the report
 _SHOWN_DIGITS = 16  # of an output's hash
 _NOT_PASSED_ON = ("VFSD_", "PYTEST_", "PYTHON")  # what would change what is tried
@@ -130,9 +132,19 @@ def run(claim: Claim, log: Path, longest_seconds: float) -> int | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """With all that it started, as ^C would: tests then stop their daemons. What is left is killed."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def summary_of(claim: Claim, output: str) -> str:
