@@ -54,8 +54,8 @@ bench: venv
 coverage-record: venv           # which rules of the system call policy the tests' daemons exercise; minutes
 	@$(BIN)/python tools/record_coverage
 
-audit: venv                     # everything that speaks for the confinement, tried here and now: a report of one page
-	@$(BIN)/python -m tools.audit
+audit: venv                     # everything that speaks for the confinement, tried now and here: a report of one page; AUDIT_ARGS=--full
+	@$(BIN)/python -m tools.audit $(AUDIT_ARGS)
 
 clean:
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

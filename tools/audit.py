@@ -1,151 +1,176 @@
 """`make audit`: everything that speaks for vfsd's confinement, tried now and here; a report of one page, for the file.
 
-Each claim is the work of one command, whose whole output is kept beside the report. A test that was skipped is said to be:
-it speaks for nothing.
+Each claim is the work of one command (`audit_claims.py`), whose whole output is kept beside the report; the report has its
+SHA-256. A test that was skipped speaks for nothing, and neither does a claim that could not be tried: the report says so.
+
+Exit status: 0 if every claim that was to be tried holds, in what could be tried of it; 1 if one fails, or could not be tried at all.
 """
 
 from __future__ import annotations
 
 import argparse
+import enum
 import os
 import platform
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import vfsd
-from tests.support.frontend.daemon import Options
-from tests.support.frontend.fuse_client import ROOT as SHARE_ROOT
-from tests.support.frontend.serving import start
+from tools.audit_claims import TREE, Claim, claims
 from vfsd.sandbox import landlock
 from vfsd.sandbox.seccomp import POLICY_FILE, load_policy
 
-TREE = Path(__file__).parents[1]
-VFSDCTL = [str(Path(sys.executable).with_name("vfsdctl"))]
-PYTEST = [sys.executable, "-m", "pytest", "-n", "auto", "--randomly-seed=1"]
-LOCK_DOWN = [f"tests/security/test_{name}.py" for name in ("lockdown", "roots", "readonly", "user_namespace", "running_daemon", "status")]
-HOSTILE = [f"tests/security/test_hostile_{name}.py" for name in ("messages", "requests", "children")]
-DEPLOYMENT = ["tests/unit/test_deploy.py", "tests/unit/test_service_manager.py", "tests/integration/test_service_manager.py"]
+LONGEST_SECONDS = 3600
 _CLOSING_LINE = re.compile(r"^=+ (.*) in [\d.]+s.* =+$")
+_SKIPPED = re.compile(r"^SKIPPED \[(\d+)\] \S+ (.*)$", re.MULTILINE)
+_END_SECONDS = 60
 _SHOWN = 5  # lines of a failure, in the report
+_SHOWN_DIGITS = 16  # of an output's hash
+_NOT_PASSED_ON = ("VFSD_", "PYTEST_", "PYTHON")  # what would change what is tried
 
 
-@dataclass(frozen=True)
-class Check:
-    """One claim, and the command that speaks for it. `by_tests`: it is pytest, whose closing line is the summary."""
-
-    claim: str
-    command: Sequence[str]
-    by_tests: bool = False
+class Verdict(enum.Enum):
+    HOLDS = "holds"
+    PARTLY = "holds, as far as tried"
+    FAILS = "**FAILS**"
+    NOT_TRIED = "**NOT TRIED**"
+    LEFT_OUT = "not tried"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    passed: bool
-    summary: str
-    output: str
-    seconds: float
-
-
-def tests(claim: str, *paths: str) -> Check:
-    return Check(claim, [*PYTEST, *paths], by_tests=True)
-
-
-OFFLINE = (
-    Check("the policy is understood, forbids what it must, has no rule twice", [*VFSDCTL, "policy", "check"]),
-    tests("the compiled filters answer as the policy reads", "tests/unit/test_seccomp_filters.py", "tests/unit/test_seccomp_policy.py"),
-    tests(
-        "documents say what the policy, the code and the tests are",
-        "tests/unit/test_generated_docs.py",
-        "tests/unit/test_hardening.py",
-        "tests/unit/test_semantics.py",
-    ),
-)
-BY_ATTACK = (
-    tests(
-        "every rule is tried with what it permits and what it does not; every call that is not listed dies",
-        "tests/security/test_every_rule.py",
-        "tests/security/test_filters_kill.py",
-    ),
-    tests("lock-down, roots, read-only shares, user namespaces, the daemon as it runs", *LOCK_DOWN),
-    tests("hostile workers and a hostile control get nothing, and others are served on", *HOSTILE),
-    tests("donated descriptors lead nowhere else, layer by layer", "tests/security/test_escapes.py"),
-    tests("fuzzing: fixed seeds, and the corpus", "tests/fuzz"),
-    tests("deployment: units, profile, socket activation, heartbeats", *DEPLOYMENT),
-)
-COVERAGE = Check(
-    "no rule is superfluous: recorded runs exercise it, or it is known why not", [sys.executable, str(TREE / "tools/record_coverage")]
-)
+    verdict: Verdict
+    evidence: str
+    output: str = ""
+    log: Path | None = None
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="audit", description="Try all that speaks for vfsd's confinement, and report.")
+    parser = argparse.ArgumentParser(
+        prog="audit", description="Try all that speaks for vfsd's confinement, and report.", allow_abbrev=False
+    )
     parser.add_argument("--folder", default=str(TREE / ".cache/audit"), help="where the report and each command's output are kept")
-    folder = Path(parser.parse_args().folder)
+    parser.add_argument("--full", action="store_true", help="also what takes many minutes: the units in a guest with systemd")
+    found = parser.parse_args()
     if os.geteuid() != 0:
         print("audit: confinement and attacks on it need uid 0", file=sys.stderr)
         return 1
+    folder = Path(found.folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = [(check, run(check, folder)) for check in (*OFFLINE, *BY_ATTACK, COVERAGE)]
-    with daemon_with_a_frontend() as pid:
-        outcomes += [(check, run(check, folder)) for check in of_a_running_daemon(pid)]
-    report = "\n".join([*headline(), *table(outcomes), *failures(outcomes), f"Each command's output: {folder}"])
+    for old in folder.glob("*.log"):
+        old.unlink()
+    before = source()
+    outcomes = try_all(claims(), folder, full=found.full)
+    sections = [headline(before), table(outcomes), untried(outcomes), failures(outcomes), changed(before, source())]
+    report = "\n".join([line for section in sections for line in section] + [f"Each command, and its output: {folder}"])
     (folder / "report.md").write_text(report + "\n")
     print(report)
-    return 0 if all(outcome.passed for _, outcome in outcomes) else 1
+    return status(outcomes, unchanged=before == source())
 
 
-@contextmanager
-def daemon_with_a_frontend() -> Iterator[int]:
-    """The pid of a vfsd that serves two queues and has a file open."""
-    with tempfile.TemporaryDirectory(prefix="vfsd-audit-", dir="/var/tmp") as folder:
-        served = start(Path(folder), Options(request_queues=2), queues=3)
-        try:
-            served.client.open(served.client.write_file(SHARE_ROOT, b"file", b"x").nodeid)
-            yield served.daemon.pid
-        finally:
-            served.close()
+def status(outcomes: Sequence[tuple[Claim, Outcome]], *, unchanged: bool) -> int:
+    """A claim that nobody asked to be tried is no failure; one that could not be tried is."""
+    bad = any(outcome.verdict in (Verdict.FAILS, Verdict.NOT_TRIED) for _, outcome in outcomes)
+    return 1 if bad or not unchanged else 0
 
 
-def of_a_running_daemon(pid: int) -> list[Check]:
-    return [
-        Check(
-            "what runs is what was read: the kernel's filters are the policy's", [*VFSDCTL, "policy", "dump", "--pid", str(pid), "--all"]
-        ),
-        Check("census: each process, thread and descriptor is as documented", [*VFSDCTL, "status", str(pid), "--security"]),
-    ]
+# --- trying ---------------------------------------------------------------------------------------------------------------------
 
 
-def run(check: Check, folder: Path) -> Outcome:
-    print(f"{check.claim} ...", file=sys.stderr, flush=True)
+def try_all(wanted: Sequence[Claim], folder: Path, *, full: bool) -> list[tuple[Claim, Outcome]]:
+    """Interrupted by ^C, or asked to end, it goes on to the report: what was not reached is not tried."""
+    outcomes: list[tuple[Claim, Outcome]] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        for number, claim in enumerate(wanted, 1):
+            print(f"{number}/{len(wanted)} {claim.text} ...", file=sys.stderr, flush=True)
+            outcomes.append((claim, attempt(claim, folder / f"{number:02}.log", full=full)))
+    except KeyboardInterrupt:
+        outcomes += [(claim, Outcome(Verdict.NOT_TRIED, "interrupted")) for claim in wanted[len(outcomes) :]]
+    return outcomes
+
+
+def attempt(claim: Claim, log: Path, *, full: bool = False, longest_seconds: float = LONGEST_SECONDS) -> Outcome:
+    if claim.only_full and not full:
+        return Outcome(Verdict.LEFT_OUT, "takes many minutes; --full tries it")
+    missing = [program for program in claim.needs if shutil.which(program) is None]
+    if missing:
+        return Outcome(Verdict.NOT_TRIED, f"not installed: {' '.join(missing)}")
     begun = time.monotonic()
-    done = subprocess.run(check.command, cwd=TREE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    name = re.sub(r"\W+", "-", check.claim)[:40].strip("-")
-    (folder / f"{name}.log").write_text(f"$ {' '.join(check.command)}\n{done.stdout}")
-    summary = summary_of(check, done.stdout)
-    tried = not check.by_tests or " passed" in summary  # pytest is content if it skipped all there was
-    return Outcome(done.returncode == 0 and tried, summary, done.stdout, time.monotonic() - begun)
+    code = run(claim, log, longest_seconds)
+    output = log.read_text(errors="backslashreplace")
+    if code is None:
+        return Outcome(Verdict.FAILS, f"did not end within {longest_seconds:.0f} s", output, log)
+    evidence = summary_of(claim, output)
+    return Outcome(verdict_of(claim, code, evidence), f"{evidence} ({time.monotonic() - begun:.0f} s)", output, log)
 
 
-def summary_of(check: Check, output: str) -> str:
+def run(claim: Claim, log: Path, longest_seconds: float) -> int | None:
+    """The exit status of the command, None if it had to be killed, with all that it started."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_PASSED_ON)}
+    if claim.only_full:
+        environment["VFSD_TEST_FULL"] = "1"
+    with log.open("w") as file:
+        file.write(f"$ {shlex.join(claim.command)}\n")
+        file.flush()
+        process = subprocess.Popen(
+            claim.command, cwd=TREE, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            return process.wait(longest_seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """With all that it started, as ^C would: tests then stop their daemons. What is left is killed."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def summary_of(claim: Claim, output: str) -> str:
+    """The last line; of pytest what it counted."""
     lines = [line for line in output.splitlines() if line.strip()]
-    last = lines[-1] if lines else ""
-    closing = _CLOSING_LINE.match(last) if check.by_tests else None
+    last = lines[-1] if len(lines) > 1 else ""  # the first is the command's own
+    closing = _CLOSING_LINE.match(last) if claim.by_tests else None
     return closing[1] if closing else last[:100]
 
 
-def headline() -> Iterator[str]:
+def verdict_of(claim: Claim, code: int, evidence: str) -> Verdict:
+    if code != 0:
+        return Verdict.FAILS
+    if claim.by_tests and " passed" not in evidence:  # pytest is content if it skipped all there was
+        return Verdict.NOT_TRIED
+    return Verdict.PARTLY if claim.by_tests and "skipped" in evidence else Verdict.HOLDS
+
+
+# --- reporting ------------------------------------------------------------------------------------------------------------------
+
+
+def headline(source: str) -> Iterator[str]:
     kernel = os.uname()
     yield f"# vfsd {vfsd.__version__}: audit of its confinement, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
     yield ""
-    yield f"* source: {source()}"
+    yield f"* source: {source}"
     yield f"* machine: {kernel.sysname} {kernel.release} {kernel.machine}, Landlock ABI {landlock.abi_version() or 'none'}"
     yield f"* Python {platform.python_version()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}"
     yield f"* policy: SHA-256 {sha256(Path(POLICY_FILE).read_bytes()).hexdigest()}"
@@ -156,38 +181,56 @@ def headline() -> Iterator[str]:
 
 
 def source() -> str:
-    """Commit, and whether the tree is that commit's."""
+    """Commit, whether the tree is that commit's, and a hash of what runs that needs no git."""
+    files = sorted(path for path in (TREE / "vfsd").rglob("*") if path.suffix in (".py", ".toml"))
+    listed = "".join(f"{sha256(path.read_bytes()).hexdigest()}  {path.relative_to(TREE)}\n" for path in files)
+    return f"{_commit()}; {len(files)} files of vfsd/, SHA-256 of their SHA-256: {sha256(listed.encode()).hexdigest()}"
+
+
+def _commit() -> str:
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=TREE, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=TREE, capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=TREE, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"
-    return f"commit {commit}{', WITH CHANGES that are not committed' if changed else ''}"
+    return f"commit {commit}{', WITH CHANGES that are not committed' if changes else ''}"
 
 
-def table(outcomes: Sequence[tuple[Check, Outcome]]) -> Iterator[str]:
-    yield "| result | claim | evidence |"
-    yield "| --- | --- | --- |"
-    for check, outcome in outcomes:
-        yield f"| {verdict(outcome)} | {check.claim} | {outcome.summary} ({outcome.seconds:.0f} s) |"
+def table(outcomes: Sequence[tuple[Claim, Outcome]]) -> Iterator[str]:
+    yield "| # | result | claim | evidence | SHA-256 of the output |"
+    yield "| --- | --- | --- | --- | --- |"
+    for number, (claim, outcome) in enumerate(outcomes, 1):
+        digest = "–" if outcome.log is None else f"{sha256(outcome.log.read_bytes()).hexdigest()[:_SHOWN_DIGITS]}…"
+        yield f"| {number} | {outcome.verdict.value} | {claim.text} | {outcome.evidence} | {digest} |"
     yield ""
-    failed = sum(not outcome.passed for _, outcome in outcomes)
-    yield f"**{len(outcomes) - failed} of {len(outcomes)} claims hold.**"
+    counts = {verdict: sum(outcome.verdict is verdict for _, outcome in outcomes) for verdict in Verdict}
+    told = [f"{number} {verdict.value.strip('*')}" for verdict, number in counts.items() if number]
+    yield f"**{len(outcomes)} claims: {'; '.join(told)}.**"
     yield ""
 
 
-def verdict(outcome: Outcome) -> str:
-    if not outcome.passed:
-        return "**FAILS**"
-    return "holds, as far as tried" if "skipped" in outcome.summary else "holds"
+def untried(outcomes: Sequence[tuple[Claim, Outcome]]) -> Iterator[str]:
+    """Why tests were skipped, of each claim."""
+    for number, (claim, outcome) in enumerate(outcomes, 1):
+        reasons: dict[str, int] = {}
+        for count, reason in _SKIPPED.findall(outcome.output) if claim.by_tests else ():
+            reasons[reason] = reasons.get(reason, 0) + int(count)
+        yield from (f"Not tried of {number}: {count} × {reason}" for reason, count in reasons.items())
+        yield from [""] if reasons else []
 
 
-def failures(outcomes: Sequence[tuple[Check, Outcome]]) -> Iterator[str]:
-    for check, outcome in outcomes:
-        if not outcome.passed:
-            yield f"{check.claim}:"
+def failures(outcomes: Sequence[tuple[Claim, Outcome]]) -> Iterator[str]:
+    for number, (claim, outcome) in enumerate(outcomes, 1):
+        if outcome.verdict is Verdict.FAILS:
+            yield f"{number}, {claim.text}:"
             yield from (f"    {line}" for line in outcome.output.splitlines()[-_SHOWN:])
             yield ""
+
+
+def changed(before: str, after: str) -> Iterator[str]:
+    if before != after:
+        yield f"**The source changed while it was tried**: now {after}"
+        yield ""
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def run(kind: str, share: str, *, shell: bool) -> None:
             show_listing(guest)
             show_files(guest, share)
             heading("vfsd's processes, as /proc shows them")
-            print(process_table(vfsd.processes()))
+            print(process_table(vfsd.pid))
             if shell:
                 run_shell(guest)
             guest.unmount()

@@ -3,33 +3,26 @@
 import os
 import platform
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from vfsd.sandbox.census import NAMESPACES, ProcessCensus, take_census
 from vfsd.sandbox.seccomp import load_policy
 from vfsd.sandbox.seccomp_policy import RolePolicy
+from vfsd.tools.daemon import members
 
 CAPABILITIES_WIDTH = 44
 HEADINGS = ("PROCESS", "PID", "THREADS", "UID", "SECCOMP", "SYSCALLS", "FDS", "OWN NAMESPACES", "CAPABILITIES")
 
 
-def process_table(pids: Iterable[int]) -> str:
-    """One row per process; capabilities and filters are those of its least confined thread."""
+def process_table(supervisor: int) -> str:
+    """One row per process of a vfsd; capabilities and filters are those of its least confined thread."""
     ours = take_census(os.getpid())
     policy = load_policy().roles
     rows: list[list[str]] = [list(HEADINGS)]
-    for pid in pids:
-        rows.extend(_rows(take_census(pid), role_of(pid), policy, ours))
+    for member in members(supervisor):
+        rows.extend(_rows(take_census(member.pid), member.role, policy, ours))
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def role_of(pid: int) -> str:
-    """Which of vfsd's processes this is, by the module it was started with."""
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
-        words = file.read().decode(errors="replace").split("\0")
-    module = words[words.index("-m") + 1] if "-m" in words else ""
-    return {"vfsd.broker": "broker", "vfsd.worker.control": "control", "vfsd.worker": "worker"}.get(module, "supervisor")
 
 
 def _rows(census: ProcessCensus, role: str, policy: dict[str, RolePolicy], ours: ProcessCensus) -> Iterator[list[str]]:

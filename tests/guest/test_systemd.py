@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.support.guest.debian import PROBE_PATH, PYTHON, DebianGuest, tree_archive
+from tests.support.guest.debian import PROBE_PATH, PYTHON, VFSDCTL, DebianGuest, tree_archive
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(2400)]
 
@@ -76,6 +76,25 @@ def exposure(guest, unit):
     return float(re.search(r"Overall exposure level .*: ([\d.]+)", words[-1])[1])
 
 
+def assert_confined_as_documented(guest, unit):
+    """By vfsdctl on the host: units have networks of their own, and a dozen filters below vfsd's."""
+    pid = guest.properties(unit, "MainPID")["MainPID"]
+    code, census = vfsdctl(guest, "status", "--security", pid)
+    unmet = [(each["name"], row) for each in census["processes"] for row in each["expectations"] if row["state"] != "met"]
+    assert (code, unmet) == (0, [])
+    assert sorted({each["role"] for each in census["processes"]}) == ["broker", "control", "supervisor", "worker"]
+    code, filters = vfsdctl(guest, "policy", "dump", "--all", "--pid", pid)
+    assert (code, [fault for each in filters["processes"] for fault in each["faults"]]) == (0, [])
+    assert filters["as_expected"]
+    assert all(each["started_with"] for each in filters["processes"]), "systemd's"
+
+
+def vfsdctl(guest, *words):
+    done = guest.run(VFSDCTL, *words, "--json", timeout=WAIT_SECONDS)
+    assert done.stderr == ""
+    return done.code, json.loads(done.stdout)
+
+
 def assert_ended_well(guest, unit):
     assert guest.properties(unit, "ActiveState", "Result", "StatusText") == {
         "ActiveState": "inactive",
@@ -130,6 +149,7 @@ def test_the_next_connection_starts_it_again_and_one_that_hangs_is_ended_under_a
     pid = machine.properties(unit, "MainPID")["MainPID"]
     processes = machine.check("cat", f"/sys/fs/cgroup/{machine.properties(unit, 'ControlGroup')['ControlGroup']}/cgroup.procs").split()
     assert {machine.check("cat", f"/proc/{each}/attr/current").strip("\0\n") for each in processes} == {"vfsd (enforce)"}
+    assert_confined_as_documented(machine, unit)
     assert "DENIED" not in machine.check("journalctl", "--no-pager", "--dmesg")
     since = machine.properties(unit, "ActiveEnterTimestampMonotonic")["ActiveEnterTimestampMonotonic"]
     beats = lambda: int(machine.properties(unit, "WatchdogTimestampMonotonic")["WatchdogTimestampMonotonic"])  # noqa: E731
@@ -147,7 +167,8 @@ def test_the_next_connection_starts_it_again_and_one_that_hangs_is_ended_under_a
 
 def test_an_ordinary_user_has_a_root_of_its_own_and_serves(machine):
     unit = "vfsd-nonroot@vm2.service"
-    probe(machine, unit)
+    probe(machine, unit, "hold")
+    eventually(machine, lambda: machine.run("test", "-s", "/run/probe.json").code == 0)
     answers = said(machine)
     assert answers == {
         "status": f"Serving /srv/vfsd/vm2 to process {answers['pid']}", "pid": answers["pid"], "read": "contents\n",
@@ -155,6 +176,8 @@ def test_an_ordinary_user_has_a_root_of_its_own_and_serves(machine):
         "chown 1234": "Operation not permitted",
     }  # fmt: skip
     assert machine.check("stat", "--format=%U:%G", "/srv/vfsd/vm2/made").strip() == "vfsd:vfsd"
+    assert_confined_as_documented(machine, unit)
+    machine.run("systemctl", "stop", "probe.service")
     eventually(machine, lambda: machine.properties(unit, "ActiveState")["ActiveState"], lambda state: state == "inactive")
     assert_ended_well(machine, unit)
     assert [priority for priority, text in journal(machine, unit) if text.startswith("broker: uid 0, gid 0 of the guest")] == [4]

@@ -20,6 +20,7 @@ NOBODY = 65534
 BROKER_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "SETUID", "SETGID", "MKNOD", "SETFCAP")
 SUPERVISOR_CAPABILITIES = ("SYS_ADMIN", "SYS_CHROOT", "SETPCAP", "SETUID", "SETGID", "KILL")
 DEADLINE_SECONDS = 60
+EACH_SECONDS = 0.5  # of hundreds of attempts: a fork, on a machine with much else to do
 
 
 @dataclass
@@ -124,14 +125,19 @@ class Sandbox:
             text=True,
         )
 
-    def run(self, spec: Spec, *, filtered: bool = True) -> Outcome:
-        """To its end."""
+    def run(self, spec: Spec, *, filtered: bool = True, deadline_seconds: float = DEADLINE_SECONDS) -> Outcome:
+        """To its end; TimeoutExpired if it has none."""
         self._with_filter(spec, filtered=filtered)
         read_fd, write_fd = os.pipe()
         with open(read_fd, "rb") as results:
             process = self._start(spec, write_fd)
             os.close(write_fd)
-            _, stderr = process.communicate(timeout=DEADLINE_SECONDS)
+            try:
+                _, stderr = process.communicate(timeout=deadline_seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                raise
             said = results.read()
         if process.returncode < 0:
             return Outcome(signal=-process.returncode, stderr=stderr)
@@ -152,7 +158,7 @@ class Sandbox:
         with open(os.memfd_create("attempts"), "r+b", buffering=0) as batch:
             batch.write(json.dumps(attempts).encode())
             spec.fds = (batch.fileno(), self.filters[spec.role], *spec.fds)
-            outcome = self.run(spec, filtered=False)
+            outcome = self.run(spec, filtered=False, deadline_seconds=DEADLINE_SECONDS + len(attempts) * EACH_SECONDS)
             assert outcome.value is not None, outcome
             batch.seek(0)
             found = json.loads(batch.read(outcome.value))

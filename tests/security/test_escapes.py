@@ -210,8 +210,8 @@ def connect(hostile, name: bytes) -> str:
     return "ok" if result >= 0 else errno.errorcode[-result]
 
 
-# A program of three instructions: exit_group(77), for x86-64.
-CODE = bytes.fromhex("b8e7000000bf4d0000000f05")
+# A program for x86-64: exit_group(77 + the errno of unshare(CLONE_NEWUSER)).
+CODE = bytes.fromhex("b810010000bf000000100f05f7d88d784db8e70000000f05")
 PROGRAM = (
     b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, 0x400078, 64, 0, 0, 64, 56, 1, 0, 0, 0)
     + struct.pack("<IIQQQQQQ", 1, 5, 0, 0x400000, 0x400000, 120 + len(CODE), 120 + len(CODE), 4096) + CODE
@@ -219,12 +219,13 @@ PROGRAM = (
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="its program is for x86-64")
-def test_only_the_filter_keeps_it_from_a_program_of_its_own():
-    """Of its own making, in memory: it gains nothing by it but the choice of its code, which a taken-over worker has anyway."""
+def test_only_the_filter_keeps_it_from_a_program_of_its_own_and_so_from_a_user_namespace():
+    """Made in memory. Unlike a worker that program has one thread, so it may unshare(2); what it is root of then is empty."""
     prison = Prison("namespace", with_landlock=True)
     try:
         hostile = prison.arena.hostile
         assert hostile.order("clone", CLONE_NEWUSER) == [-1, errno.EAGAIN], "a limit forbids it further processes"
+        assert hostile.attempt("unshare", CLONE_NEWUSER) == -errno.EINVAL, "it has several threads"
         memfd = hostile.attempt("memfd_create", b"x", 0)
         assert hostile.order("send_file", memfd, PROGRAM) == len(PROGRAM)
         with pytest.raises(EOFError, match="ended with exit status 77"):

@@ -12,10 +12,9 @@ from tests.support.frontend.checks import eventually
 from tests.support.frontend.daemon import Daemon, Options
 from tests.support.frontend.fuse_client import ROOT
 from tests.support.frontend.serving import start
-from vfsd.errors import ConfigError
 from vfsd.sandbox.ptrace import read_filters
-from vfsd.sandbox.seccomp import load_policy
-from vfsd.tools import loaded_filters, processes, vfsdctl
+from vfsd.sandbox.seccomp import POLICY_FILE, load_policy
+from vfsd.tools import daemon, loaded_filters, vfsdctl
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +22,6 @@ def served(tmp_path_factory):
     running = start(tmp_path_factory.mktemp("dumped"), Options(request_queues=2), queues=3)
     yield running
     running.close()
-
-
-@pytest.fixture(scope="module")
-def known():
-    return loaded_filters.compiled_filters(load_policy())
 
 
 def dump(capsys, *words):
@@ -52,7 +46,7 @@ def test_every_thread_of_every_process_has_the_filters_of_the_policy_and_no_othe
 
 def test_what_the_kernel_has_is_byte_for_byte_what_was_compiled(served):
     policy = load_policy()
-    (control,) = [pid for pid in served.daemon.pids() if processes.role_of(pid) == "control"]
+    (control,) = [each.pid for each in daemon.members(served.daemon.pid) if each.role == "control"]
     assert read_filters(control) == (policy.compile("supervisor", "kill"), policy.compile("control", "kill"))
 
 
@@ -85,6 +79,7 @@ def test_the_people_are_told_in_words(served, capsys):
     assert "supervisor (pid" in out
     assert "2 filters, the oldest first" in out
     assert "unknown" not in out
+    assert out.splitlines()[-1].endswith("threads of 5 processes: all have what the policy compiles to")
 
 
 def test_the_instructions_can_be_read(served, capsys):
@@ -98,7 +93,7 @@ def test_the_instructions_can_be_read(served, capsys):
 
 def test_a_filter_that_the_policy_does_not_make_is_unknown(served, capsys, tmp_path):
     changed = tmp_path / "policy.toml"
-    with open(processes.__file__.replace("tools/processes.py", "sandbox/seccomp_policy.toml"), encoding="utf-8") as file:
+    with open(POLICY_FILE, encoding="utf-8") as file:
         changed.write_text("".join(line for line in file if '"restart_syscall"' not in line))
     status, out = dump(capsys, "--socket", str(served.daemon.socket), "--policy", str(changed))
     assert status == 1
@@ -119,16 +114,19 @@ def test_a_daemon_without_filters_is_not_as_it_should_be(tmp_path, capsys):
     with Daemon(tmp_path / "share", tmp_path / "vfsd.sock", Options(extra=("--seccomp=none",))) as daemon:
         status, out = dump(capsys, "--socket", str(daemon.socket))
     assert status == 1
-    assert "has no filter" in out
+    assert "has no filter of vfsd's, a broker should have one filter (broker)" in out
 
 
-def test_a_process_that_is_gone_is_said_to_be(known):
+def test_what_is_gone_or_no_vfsd_is_said_to_be(served, capsys):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    with pytest.raises(ConfigError, match=f"there is no process {ended.pid}"):
-        loaded_filters.look_at(ended.pid, known)
-    with pytest.raises(ConfigError, match=r"does not name a daemon"):
-        processes.supervisor_of("/var/tmp/no such socket")
+    for words, said in {
+        ("--pid", str(ended.pid)): f"{ended.pid}: there is no such process",
+        ("--pid", str(os.getpid())): f"{os.getpid()}: is no process of a vfsd",
+        ("--socket", "/var/tmp/no such socket"): "cannot read /var/tmp/no such socket.pid",
+    }.items():
+        assert vfsdctl.run(["policy", "dump", *words]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_who_may_not_look_is_told_what_it_takes(served):

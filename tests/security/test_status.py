@@ -20,10 +20,11 @@ from tests.support.frontend.fuse_client import ROOT
 from tests.support.frontend.serving import start
 from vfsd.sandbox.fd_census import Fd, UnixSocket
 from vfsd.sandbox.seccomp import POLICY_FILE
-from vfsd.tools import check_surroundings
+from vfsd.tools import check_surroundings, sockets
 from vfsd.tools.daemon import examine
 from vfsd.tools.expectations import EXPECTATIONS, judge
 from vfsd.tools.fd_purposes import TOLD_BY, purposes
+from vfsd.tools.sockets import Sockets
 from vfsd.tools.vfsdctl import run
 
 pytestmark = pytest.mark.root
@@ -324,14 +325,25 @@ def test_a_sysctl_that_would_open_the_brokers_memory_is_found(daemon, monkeypatc
     assert [(name, what) for name, what, _ in not_met(daemon)] == [("broker", "memory")]
 
 
+def test_sockets_that_this_kernel_does_not_tell_of_are_unseen_and_others_are_found(served, monkeypatch):
+    monkeypatch.setattr(sockets, "unix_sockets", lambda network_of=None: None)
+    untold = examine(served.daemon.pid)
+    assert {(what, state) for subject, found in judge(untold) for what, state in states_of(found)} == {("descriptors", "not visible")}
+    assert spoilt(untold, with_fd(Fd(number=99, target="socket:[1]", inode=1, protocol="TCP")))[0] == {("worker 2", "descriptors")}
+
+
+def states_of(found):
+    return [(each.expectation.what, each.state) for each in found if each.state != "met"]
+
+
 def test_only_the_supervisor_may_speak_to_the_system_log_or_a_service_manager(daemon):
-    sockets = {**daemon.sockets, 7: UnixSocket(socket.SOCK_DGRAM, listens=False, peer=8)}
+    found = Sockets({**daemon.sockets.by_inode, 7: UnixSocket(socket.SOCK_DGRAM, listens=False, peer=8)})
     spoil = with_fd(Fd(number=99, target="socket:[7]", inode=7))
     for role, expected in (("supervisor", set()), ("broker", {"descriptors"}), ("worker", {"descriptors"})):
         processes = list(daemon.processes)
         at = next(at for at, process in enumerate(processes) if process.role == role)
         processes[at] = spoil(processes[at])
-        assert {what for _, what, _ in not_met(replace(daemon, processes=tuple(processes), sockets=sockets))} == expected
+        assert {what for _, what, _ in not_met(replace(daemon, processes=tuple(processes), sockets=found))} == expected
 
 
 def test_a_second_broker_is_found(daemon):

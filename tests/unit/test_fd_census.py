@@ -3,6 +3,8 @@
 import os
 import select
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -55,6 +57,35 @@ def test_both_ends_of_a_socket_know_each_other(kind):
         theirs.close()
         assert unix_sockets()[inode].peer is None
     assert inode not in unix_sockets()
+
+
+@pytest.mark.root
+def test_sockets_of_another_network_are_told_by_a_process_in_it():
+    """The kernel tells those of one namespace only; asking leaves us where we are."""
+    script = (
+        "import os, socket, sys; s = socket.socketpair(); print(*(os.fstat(e.fileno()).st_ino for e in s), flush=True); sys.stdin.read()"
+    )
+    command = ["unshare", "--net", sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        ours = os.readlink("/proc/thread-self/ns/net")
+        inode, peer = (int(word) for word in other.stdout.readline().split())
+        assert inode not in unix_sockets()
+        assert unix_sockets(network_of=other.pid)[inode].peer == peer
+        assert os.readlink("/proc/thread-self/ns/net") == ours
+        other.stdin.close()
+    with pytest.raises(FileNotFoundError):
+        unix_sockets(network_of=other.pid)
+
+
+def test_what_kind_of_socket_it_is_is_told_of_every_one():
+    with socket.socket(socket.AF_UNIX) as stream, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as packets, socket.socket() as tcp:
+        found = fds()
+        assert found[stream.fileno()].protocol.startswith("UNIX")
+        assert found[packets.fileno()].protocol == "UNIX"
+        assert found[tcp.fileno()].protocol == "TCP"
+    file = os.memfd_create("file")
+    assert fds()[file].protocol is None
+    os.close(file)
 
 
 def test_a_socket_that_listens_is_told(tmp_path):

@@ -21,7 +21,6 @@ from vfsd.fds import OwnedFd
 from vfsd.log import DEBUG, StderrLog
 from vfsd.record import Report
 from vfsd.roles import Roles
-from vfsd.sandbox.census import take_census
 from vfsd.sandbox.lockdown import LockedDown
 from vfsd.sandbox.user_namespace import read_standing
 from vfsd.service_manager import ServiceManager, connect_notify_socket
@@ -245,7 +244,7 @@ def test_what_a_child_says_of_its_lock_down_counts_once(stage):
 
     def act():
         stage.wait_for("said all")
-        _, reports = _read_record(take_census(os.getpid(), list_root=False))
+        _, reports = _read_record(os.getpid())
         found.extend(report for report in reports.values() if report.role == "worker 0")
         os.kill(os.getpid(), signal.SIGTERM)
 

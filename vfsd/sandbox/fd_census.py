@@ -13,6 +13,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vfsd.sandbox.network_of import in_network_of
+
 # linux/netlink.h, sock_diag.h, unix_diag.h
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -41,6 +43,7 @@ class Fd:
     eventfd: int | None = None  # the same eventfd has the same number in all processes
     process: int | None = None  # of a pidfd, as we see it; -1: dead, or not in our pid namespace
     watched: tuple[int, ...] = ()  # the descriptors that an epoll waits for
+    protocol: str | None = None  # of a socket: "UNIX", "UNIX-STREAM", "TCP", …
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ def _read_fd(pid: int, number: int) -> Fd | None:
         eventfd=_number(fields, "eventfd-id"),
         process=_number(fields, "Pid"),
         watched=tuple(sorted(int(line.split()[1]) for line in lines if line.startswith("tfd:"))),
+        protocol=_protocol(pid, number) if target.startswith("socket:") else None,
     )
 
 
@@ -92,8 +96,27 @@ def _inode_of(target: str) -> int | None:
     return int(number) if number.isdecimal() else None
 
 
-def unix_sockets() -> dict[int, UnixSocket] | None:
-    """All Unix sockets of our network namespace by inode, as `ss -x` has them; None if this kernel does not tell."""
+def _protocol(pid: int, number: int) -> str | None:
+    """What the kernel calls it, as an attribute of every socket, whichever its network namespace."""
+    try:
+        return os.getxattr(f"/proc/{pid}/fd/{number}", "system.sockprotoname").rstrip(b"\0").decode()
+    except OSError:
+        return None
+
+
+def unix_sockets(network_of: int | None = None) -> dict[int, UnixSocket] | None:
+    """All Unix sockets of our network namespace, or of that process's, by inode, as `ss -x` has them.
+
+    None if this kernel does not tell. Of another namespace: PermissionError if we may not go there, FileNotFoundError if there
+    is no such process any more.
+    """
+    if network_of is None:
+        return _list_unix_sockets()
+    with in_network_of(network_of):
+        return _list_unix_sockets()
+
+
+def _list_unix_sockets() -> dict[int, UnixSocket] | None:
     found: dict[int, UnixSocket] = {}
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as netlink:

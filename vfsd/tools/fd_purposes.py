@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from vfsd.record import RECORD_NAME
 from vfsd.sandbox.census import ProcessCensus
-from vfsd.sandbox.fd_census import Fd
+from vfsd.sandbox.fd_census import Fd, UnixSocket
 from vfsd.tools.daemon import Daemon, Process
 
 _O_PATH = os.O_PATH
@@ -24,7 +24,7 @@ _INFLIGHT = "/memfd:vfsd-inflight (deleted)"
 _RECORD = f"/memfd:{RECORD_NAME} (deleted)"
 _ANY_SIGNAL = "a ring's kick, call or err: the frontend's"
 _LOG_OR_MANAGER = "the system's log, or the service manager that started vfsd"
-OTHER_END_UNSEEN = "a socket whose other end is not visible to this user"
+OTHER_END_UNSEEN = "a socket whose other end is not visible to this user or from here"
 _CHANNEL_TO = {
     ("supervisor", "broker"): "channel to the broker",
     ("supervisor", "control"): "channel to control",
@@ -178,11 +178,15 @@ def _is_pid_file(context: Context, target: str) -> bool:
 
 
 def _socket(context: Context, fd: Fd) -> str | None:
-    if not fd.target.startswith("socket:") or fd.inode is None or context.daemon.sockets is None:
+    if not fd.target.startswith("socket:") or fd.inode is None:
         return None
-    found = context.daemon.sockets.get(fd.inode)
-    if found is None:
-        return None
+    if fd.inode in context.daemon.sockets.unseen:
+        return OTHER_END_UNSEEN
+    found = context.daemon.sockets.by_inode.get(fd.inode)
+    return None if found is None else _unix_socket(context, found)
+
+
+def _unix_socket(context: Context, found: UnixSocket) -> str | None:
     process, peers = context.process, context.holders.get(f"socket:[{found.peer}]", set())
     if found.kind == socket.SOCK_STREAM:
         return _stream(process, listens=found.listens, peers=peers, connected=found.peer is not None)
@@ -224,7 +228,7 @@ def _is_the_frontends(context: Context, fd: Fd) -> bool:
         return False
     if fd.target.startswith("pipe:"):
         return True
-    found = (context.daemon.sockets or {}).get(fd.inode or 0)
+    found = context.daemon.sockets.by_inode.get(fd.inode or 0)
     return found is not None and not found.listens and f"socket:[{found.peer}]" not in context.holders
 
 

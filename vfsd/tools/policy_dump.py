@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from dataclasses import replace
 from typing import Any
 
-from vfsd.sandbox.seccomp import POLICY_FILE, load_policy
-from vfsd.tools.loaded_filters import Filter, LoadedFilters, compiled_filters, look_at
+from vfsd.errors import ConfigError
+from vfsd.sandbox.seccomp import POLICY_FILE, KillMode, load_policy
+from vfsd.tools.daemon import members, supervisor_of, supervisor_of_socket
+from vfsd.tools.loaded_filters import Filter, LoadedFilters, brought_along, compiled_filters, look_at
 from vfsd.tools.policy_disasm import disassemble
-from vfsd.tools.processes import children_of, supervisor_of, threads_of
+
+BROUGHT_ALONG = "of who started vfsd"
 
 
 def add_to(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,13 +22,14 @@ def add_to(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "dump",
         help="what the kernel really has loaded, compared with the policy",
         description="Read the seccomp filters of a process, thread by thread, from the kernel, and say which role's filter each is. "
+        "Those that vfsd was started with, in a container or by a service manager, come before its own, and are no fault. "
         "The process is stopped for a moment and goes on undisturbed. Exit status 1 if any is not what the policy compiles to.",
         allow_abbrev=False,
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--pid", type=int, metavar="PID", help="this process")
+    which.add_argument("--pid", type=int, metavar="PID", help="this process of a daemon")
     which.add_argument("--socket", metavar="PATH", help="the daemon that made this socket, with all its processes")
-    parser.add_argument("--all", action="store_true", help="with --pid of a supervisor: its children too")
+    parser.add_argument("--all", action="store_true", help="with --pid: all processes of that daemon")
     parser.add_argument("--policy", default=POLICY_FILE, metavar="FILE", help="compare with this policy (default: the one vfsd comes with)")
     parser.add_argument("--disasm", action="store_true", help="also the instructions of each program")
     parser.add_argument("--json", action="store_true", help="as JSON, the programs included")
@@ -33,32 +38,57 @@ def add_to(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _run(found: argparse.Namespace) -> int:
     known = compiled_filters(load_policy(found.policy))
-    processes = [look_at(pid, known) for pid in _pids(found)]
+    processes = _look(found, known)
     if found.json:
         print(json.dumps(_document(processes, disassembled=found.disasm), indent=2))
     else:
         print("\n".join(line for process in processes for line in _lines(process)))
         if found.disasm:
             print("".join(f"\n{each.digest}  {each}\n{_disassembly(each)}" for each in _distinct(processes)), end="")
+        print(f"\n{_summary(processes)}")
     return 1 if any(process.faults() for process in processes) else 0
 
 
-def _pids(found: argparse.Namespace) -> list[int]:
-    first = supervisor_of(found.socket) if found.socket is not None else found.pid
-    threads_of(first)  # that it is there
-    return [first, *children_of(first)] if found.all or found.socket is not None else [first]
+def _look(found: argparse.Namespace, known: dict[bytes, tuple[str, KillMode]]) -> list[LoadedFilters]:
+    """At those that were asked for; and at the supervisor, as only that one shows what vfsd was started with."""
+    supervisor = supervisor_of(found.pid) if found.socket is None else supervisor_of_socket(found.socket)
+    first, *others = members(supervisor)
+    everything = found.socket is not None or found.all
+    looked = look_at(first, known)
+    inherited = brought_along(looked)
+    wanted = [looked] if everything or found.pid == supervisor else []
+    wanted += [look_at(each, known) for each in others if everything or each.pid == found.pid]
+    if not wanted:
+        raise ConfigError(f"process {found.pid} does not run any more; look again")
+    return [replace(each, inherited=inherited) for each in wanted]
 
 
 def _lines(process: LoadedFilters) -> list[str]:
     """Threads that have the same filters, which should be all, are told together."""
-    lines = [f"{process.role} (pid {process.pid})"]
+    lines = [f"{process.name} (pid {process.pid})"]
     alike: dict[tuple[Filter, ...], list[int]] = {}
     for tid, filters in process.threads.items():
         alike.setdefault(filters, []).append(tid)
     for filters, tids in alike.items():
+        own = process.own(filters)
         lines.append(f"  {_threads(tids)}: {_count(len(filters))}")
-        lines += [f"    {each.digest}  {each.instructions:4} instructions  {each}" for each in filters]
+        lines += [_line(each, BROUGHT_ALONG) for each in filters[: len(filters) - len(own)]]
+        lines += [_line(each, str(each)) for each in own]
     return lines + [f"  WRONG: {fault}" for fault in process.faults()]
+
+
+def _summary(processes: list[LoadedFilters]) -> str:
+    threads = sum(len(process.threads) for process in processes)
+    wrong = sum(len(process.faults()) for process in processes)
+    found = f"{wrong} are WRONG" if wrong else "all have what the policy compiles to"
+    inherited = len(processes[0].inherited)
+    return f"{threads} threads of {len(processes)} processes: {found}" + (
+        f", above {inherited} filters that vfsd was started with" if inherited else ""
+    )
+
+
+def _line(loaded: Filter, what: str) -> str:
+    return f"    {loaded.digest}  {loaded.instructions:4} instructions  {what}"
 
 
 def _threads(tids: list[int]) -> str:
@@ -85,6 +115,8 @@ def _document(processes: list[LoadedFilters], *, disassembled: bool) -> dict[str
             {
                 "pid": process.pid,
                 "role": process.role,
+                "name": process.name,
+                "started_with": [each.digest for each in process.inherited],
                 "threads": [{"tid": tid, "filters": [each.digest for each in thread]} for tid, thread in process.threads.items()],
                 "faults": process.faults(),
             }

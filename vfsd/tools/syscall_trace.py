@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vfsd.errors import ConfigError
-from vfsd.tools.processes import role_of_command
+from vfsd.tools.daemon import role_of_command
 
 # Called with role, name of the system call and its arguments, for each call after lock-down.
 Report = Callable[[str, str, tuple[int, ...]], None]
@@ -90,7 +90,7 @@ class SyscallTrace:
             return
         program = self._programs.get(tid)
         if name == "execve":
-            self._programs[tid] = _Program(role_of_command(_command(begun)))
+            self._programs[tid] = _Program(_role(_command(begun)))
         elif name in _NEW_TASK and program is not None:
             # A thread is in the same program for good; a forked child until it executes another.
             self._programs[int(result[2] or result[1], 0)] = program
@@ -107,7 +107,13 @@ def _numbers(rest: str) -> tuple[int, ...]:
     return tuple(int(word, 0) & _ARGUMENT_MASK for word in words)
 
 
-def _command(rest: str) -> list[bytes]:
+def _role(command: Sequence[str]) -> str:
+    """Whatever is no child of a supervisor is taken for one."""
+    role = role_of_command(command)
+    return "supervisor" if role == "unknown" else role
+
+
+def _command(rest: str) -> list[str]:
     """execve("PATH", ["ARGV0", ...], ...): the arguments; strace escapes what is in them."""
     listed = rest.partition("[")[2].partition("]")[0]
-    return [word.encode() for word in _WORD.findall(listed)]
+    return _WORD.findall(listed)

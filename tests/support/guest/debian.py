@@ -23,6 +23,7 @@ from tests.support.guest.packages import BOOKWORM, CACHE, cache_lock, run_tool, 
 
 TREE = Path(__file__).resolve().parents[3]
 PROGRAM = "/opt/vfsd/bin/vfsd"
+VFSDCTL = "/opt/vfsd/bin/vfsdctl"
 PROBE_PATH = "/opt/probe"  # the frontend library, for probes that run in the guest
 PYTHON = "/opt/vfsd/bin/python3"
 
@@ -32,7 +33,7 @@ _PACKAGES = (
 )  # fmt: skip
 _IMAGE_MIB = 700
 _SITE_PACKAGES = "opt/vfsd/lib/python3.11/site-packages"
-_SCRIPT = f"#!{PYTHON} -IP\nimport sys\nfrom vfsd.cli import main\nsys.exit(main())\n"
+_SCRIPT = f"#!{PYTHON} -IP\nimport sys\nfrom {{module}} import main\nsys.exit(main())\n"
 # What a server needs and this guest does not: each takes seconds in an emulated machine.
 _MASKED = (
     "apparmor.service", "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "e2scrub_reap.service",
@@ -113,7 +114,8 @@ def _add_vfsd(archive: tarfile.TarFile) -> None:
     link = tarfile.TarInfo(PYTHON[1:])
     link.type, link.linkname, link.mode = tarfile.SYMTYPE, "/usr/bin/python3", 0o777
     archive.addfile(link)
-    _add_text(archive, PROGRAM[1:], _SCRIPT, 0o755)
+    for program, module in ((PROGRAM, "vfsd.cli"), (VFSDCTL, "vfsd.tools.vfsdctl")):
+        _add_text(archive, program[1:], _SCRIPT.format(module=module), 0o755)
     _add_python(archive, TREE / "vfsd", f"{_SITE_PACKAGES}/vfsd")
     policy = (TREE / "vfsd/sandbox/seccomp_policy.toml").read_text()  # a link, in the tree
     _add_text(archive, f"{_SITE_PACKAGES}/vfsd/sandbox/seccomp_policy.toml", policy)

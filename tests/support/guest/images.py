@@ -87,7 +87,7 @@ def systemd_initramfs() -> Image:
     """For a guest whose root is a disk with Debian: init.sh hands over to what is there. AppArmor takes the kernel of a suite with it."""
     tree = _cloud_kernel(BOOKWORM)
     modules = _only(tree.glob("lib/modules/*"))
-    wanted = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"]
+    wanted = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "unix_diag"]  # by the last vfsdctl sees who is at the end of a socket
     return Image("debian", _only(tree.glob("boot/vmlinuz-*")), _initramfs("debian", modules, wanted))
 
 
