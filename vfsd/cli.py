@@ -256,6 +256,15 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--log-level", choices=tuple(LEVELS), default="info", help="what is logged to stderr (default: info)")
     group.add_argument("--syslog", action="store_true", help="log to the system's log and not to stderr")
     group.add_argument(
+        "--fault-rules",
+        metavar="FILE",
+        help="make things fail by the rules in this TOML file, to test a guest (docs/faults.md); never for production",
+    )
+    group.add_argument(
+        "--fault-socket", type=_path, metavar="PATH",
+        help="where vfsdctl fault connects to; turns fault injection on too (default: with --fault-rules, in a directory beside the socket)",
+    )  # fmt: skip
+    group.add_argument(
         "--thread-pool-size", type=_bounded_int(0, 2**31), metavar="N", help="without effect: see --num-request-queues (others have it)"
     )
     group.add_argument(
@@ -313,6 +322,8 @@ def parse_options(argv: Sequence[str], given: Given = NOTHING_GIVEN) -> Options:
         modcaps=found.modcaps,
         log_level=LEVELS[found.log_level],
         syslog=found.syslog,
+        fault_rules=found.fault_rules,
+        fault_socket=found.fault_socket,
         uid_map=_id_map(parser, "--uid-map", found.uid_map),
         gid_map=_id_map(parser, "--gid-map", found.gid_map),
     )

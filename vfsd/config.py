@@ -74,6 +74,8 @@ class Options:
     modcaps: tuple[tuple[bool, str], ...] = ()  # whether it is given to the broker or taken from it, and which capability
     log_level: int
     syslog: bool = False
+    fault_rules: str | None = None
+    fault_socket: bytes | None = None
     # Of the user namespace that an ordinary user gets; empty: own id only, as it is.
     uid_map: IdMap
     gid_map: IdMap
@@ -88,6 +90,7 @@ class RoleConfig:
     confinement: Confinement
     sandbox: SandboxMode
     log_level: int
+    faults: bytes | None = None  # vfsd.faults.given, where faults are to be injected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,7 @@ class InForce:
     broker_extra: str = ""  # capabilities that --modcaps gave to the broker
     seccomp_policy: str | None = None  # None: the one that vfsd comes with
     allow_weak_policy: bool = False
+    faults: bool = False  # whether faults may be injected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,7 @@ def in_force(options: Options, broker_extra: Sequence[str] = ()) -> InForce:
         broker_extra=" ".join(broker_extra),
         seccomp_policy=None if options.seccomp_policy is None else path_in_ascii(os.fsencode(options.seccomp_policy)),
         allow_weak_policy=options.allow_weak_policy,
+        faults=options.fault_rules is not None or options.fault_socket is not None,
     )
 
 

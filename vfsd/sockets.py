@@ -101,6 +101,21 @@ def _bind(path: bytes, gid: int | None) -> socket.socket:
     return sock
 
 
+def bind_private(path: bytes, kind: socket.SocketKind, backlog: int) -> socket.socket:
+    """A listening, non-blocking socket of that kind, which only who starts vfsd may connect to; a stale one is replaced."""
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
+        with _umask(0o177):
+            sock.bind(path)
+        sock.listen(backlog)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 def _give_to_group(path: bytes, gid: int) -> None:
     try:
         os.chown(path, -1, gid)

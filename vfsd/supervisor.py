@@ -17,9 +17,10 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from vfsd.channel import ChannelClosed
 from vfsd.children import Child, wait_for_deaths
@@ -60,6 +61,10 @@ from vfsd.wire.channel import (
     Stop,
     Table,
 )
+from vfsd.wire.fault_channel import KillMe
+
+if TYPE_CHECKING:
+    from vfsd.fault_desk import FaultDesk
 
 START_SECONDS = 30.0  # generous: a busy machine; a child that hangs must still end in a message
 LONGEST_START_SECONDS = 600.0  # where a service manager, which has a limit of its own, is told of readiness
@@ -89,18 +94,29 @@ def serve(options: Options, log: StderrLog, given: Given) -> int:
         OwnedFd(os.pidfd_open(os.getpid())) as pidfd,
         closing(_make_endpoint(options)) as endpoint,
         closing(_make_manager(given, log)) as manager,
+        ExitStack() as closed_later,
     ):
+        faults = _make_faults(options, log, closed_later)
         # The socket was made before: its group may not be known inside.
         if options.sandbox == "namespace" and os.geteuid() != 0:
             enter_user_namespace(options.uid_map, options.gid_map)
         roles = make_roles(options, pidfd.fileno(), nofile.limit, filters)
-        return Supervisor(roles, endpoint, log, manager).run()
+        return Supervisor(roles, endpoint, log, manager, faults).run()
 
 
 def _make_endpoint(options: Options) -> VhostSocket:
     if options.fd is not None:
         return adopt_socket(options.fd, options.fd_from)
     return make_listener(options.socket_path or b"", options.socket_group)
+
+
+def _make_faults(options: Options, log: StderrLog, closed_later: ExitStack) -> FaultDesk | None:
+    """Nothing of it is in this process, or in any other, unless it is asked for."""
+    if options.fault_rules is None and options.fault_socket is None:
+        return None
+    from vfsd.fault_desk import FaultDesk  # noqa: PLC0415  # as above
+
+    return closed_later.enter_context(closing(FaultDesk(options, log)))
 
 
 def _make_manager(given: Given, log: StderrLog) -> ServiceManager:
@@ -115,11 +131,14 @@ def _make_manager(given: Given, log: StderrLog) -> ServiceManager:
 class Supervisor:
     """`run` once; `status` becomes the exit status as soon as something decides that it is over."""
 
-    def __init__(self, roles: Roles, endpoint: VhostSocket, log: StderrLog, manager: ServiceManager) -> None:
+    def __init__(
+        self, roles: Roles, endpoint: VhostSocket, log: StderrLog, manager: ServiceManager, faults: FaultDesk | None = None
+    ) -> None:
         self._roles = roles
         self._endpoint = endpoint
         self._log = log
         self._manager = manager
+        self._faults = faults
         self._share = os.fsdecode(roles.options.shared_dir)
         self._selector = selectors.DefaultSelector()
         self._children: list[Child] = []
@@ -136,6 +155,8 @@ class Supervisor:
             restore = catch_signals(wake_write)
             try:
                 self._watch(wake_read.fileno(), partial(self._on_signal, wake_read))
+                if self._faults is not None:
+                    self._faults.serve(self._selector, lambda: self._children)
                 self._start_children()
                 return self._loop()
             finally:
@@ -167,6 +188,9 @@ class Supervisor:
             self._end(1, f"worker {index} could not be introduced: broker or control do not read their channel")
 
     def _spawn(self, role: str, module: str, accepts: Table, make_config: Callable[[int], RoleConfig], give: tuple[int, ...] = ()) -> Child:
+        if self._faults is not None:
+            module, accepts, make_config = self._faults.dress(role, module, accepts, make_config)
+            give = (*give, self._faults.counters_fd)
         child = Child(
             role,
             module,
@@ -270,7 +294,7 @@ class Supervisor:
         except ChildBreach as error:
             self._end(1, f"{child.role} broke the protocol of its supervisor channel: {error}")
 
-    def _on_message(self, child: Child, message: ChannelMessage) -> None:
+    def _on_message(self, child: Child, message: ChannelMessage) -> None:  # noqa: C901  # one case a message
         match message:
             case Log(level, text):
                 child.lines.write(level, text)
@@ -288,6 +312,8 @@ class Supervisor:
                 self._on_frontend_gone(decode_text(text), clean)
             case IAmWell():
                 self._manager.healthy()
+            case KillMe():
+                child.kill()
             case Breach(index, text):
                 self._end(1, f"worker {index} broke the broker's protocol: {decode_text(text)}")
 

@@ -36,10 +36,10 @@ _PATH_FDS_SHARE = 8  # of the limit of open files
 
 def main() -> None:
     config = read_config(BrokerConfig, int(sys.argv[1]))
-    run_role(config, "broker", lambda channel, log: _serve(config, channel, log))
+    run_role(config, "broker", lambda channel, log: serve(config, channel, log))
 
 
-def _serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
+def serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
     root = enter_share(config.sandbox, config.shared_dir, config.readonly)
     share_one_heap()
     os.umask(0)

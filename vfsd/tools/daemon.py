@@ -27,7 +27,10 @@ from vfsd.tools.sockets import Sockets, sockets_of
 
 SeenRole = RoleName | Literal["unknown"]
 
-_MODULES: dict[str, SeenRole] = {"vfsd.broker": "broker", "vfsd.worker.control": "control", "vfsd.worker": "worker"}
+_MODULES: dict[str, SeenRole] = {
+    "vfsd.broker": "broker", "vfsd.worker.control": "control", "vfsd.worker": "worker",
+    "vfsd.broker.faulty": "broker", "vfsd.worker.faulty.control": "control", "vfsd.worker.faulty": "worker",
+}  # fmt: skip
 _PARENT_FIELD, _START_TIME_FIELD = 1, 19  # of /proc/PID/stat behind the name in parentheses
 
 

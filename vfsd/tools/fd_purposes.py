@@ -21,6 +21,8 @@ _O_PATH = os.O_PATH
 _STANDARD = 3
 _LAST_WORDS = "/memfd:vfsd-last-words (deleted)"
 _INFLIGHT = "/memfd:vfsd-inflight (deleted)"
+_FAULTS = "/memfd:vfsd-faults (deleted)"  # COUNTERS_NAME of the fault desk, which no process without faults imports
+_FAULT_COUNTERS = "fault injection: how often each rule was hit"
 _RECORD = f"/memfd:{RECORD_NAME} (deleted)"
 _ANY_SIGNAL = "a ring's kick, call or err: the frontend's"
 _LOG_OR_MANAGER = "the system's log, or the service manager that started vfsd"
@@ -56,6 +58,9 @@ TOLD_BY: tuple[tuple[str, str, str], ...] = (
     ("supervisor", "last words of a child", "its name, memfd:vfsd-last-words"),
     ("supervisor", "record of its processes, for vfsdctl status", f"its name, memfd:{RECORD_NAME}"),
     ("supervisor", "epoll: waits for the others", "its kind"),
+    ("supervisor", "fault injection: waits for the operator", "a packet socket that listens, where faults are injected"),
+    ("supervisor", "fault injection: the operator", "a packet socket, the other end in no process of vfsd, where faults are injected"),
+    ("supervisor broker control worker", _FAULT_COUNTERS, "its name, memfd:vfsd-faults, where faults are injected"),
     ("broker control worker", "nothing (/dev/null)", "its number, 0 or 1, and its name"),
     ("broker control worker", "last words: stderr, read when it died", "its number, 2, and its name"),
     ("broker control worker", "channel to the supervisor", "the process at the other end"),
@@ -150,6 +155,8 @@ def _own_kind(context: Context, fd: Fd) -> str | None:
     role = context.process.role
     if fd.target == "anon_inode:[eventpoll]":
         return "epoll: waits for the others" if role != "control" else None
+    if fd.target == _FAULTS and context.daemon.options.faults:
+        return _FAULT_COUNTERS
     if role in ("control", "worker") and fd.target == _INFLIGHT:
         return "what a queue has in flight, for a worker's successor"
     if role == "broker" and fd.target.endswith("/fd") and fd.flags & _O_PATH and not _on_share(context, fd):
@@ -192,6 +199,13 @@ def _unix_socket(context: Context, found: UnixSocket) -> str | None:
         return _stream(process, listens=found.listens, peers=peers, connected=found.peer is not None)
     if found.kind == socket.SOCK_DGRAM:
         return _LOG_OR_MANAGER if process.role == "supervisor" and not peers else None
+    return _packets(context, peers, listens=found.listens)
+
+
+def _packets(context: Context, peers: set[int], *, listens: bool) -> str | None:
+    process = context.process
+    if process.role == "supervisor" and context.daemon.options.faults and not peers:
+        return "fault injection: waits for the operator" if listens else "fault injection: the operator"
     other = next((each.role for each in context.daemon.processes if each.pid in peers and each.pid != process.pid), None)
     if other is None and not peers and any(each.census.fds is None for each in context.daemon.processes):
         return OTHER_END_UNSEEN

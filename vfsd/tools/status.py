@@ -44,6 +44,8 @@ def _overview(daemon: Daemon) -> Iterable[str]:
     yield f"share:      {options.shared_dir}{' (read-only)' if options.readonly else ''}"
     yield f"socket:     {options.socket_path or 'was passed by who started vfsd'}"
     yield f"confined:   --sandbox={options.sandbox} --seccomp={options.seccomp} --inode-file-handles={options.inode_file_handles}"
+    if options.faults:
+        yield "faults:     are injected by rules (vfsdctl fault list): this vfsd is for tests"
     yield f"command:    {' '.join(ascii(word)[1:-1] for word in daemon.supervisor.census.command)}"
     yield f"running for {_duration(daemon.uptime_seconds)}"
     yield ""

@@ -14,15 +14,18 @@ from typing import NoReturn
 
 import vfsd
 from vfsd.errors import ConfigError
-from vfsd.tools import policy, status
+from vfsd.tools import fault, policy, status
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vfsdctl", description="Look at vfsd's confinement, and at daemons that run.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="vfsdctl", description="Look at vfsd's confinement, and at daemons that run; make them fail.", allow_abbrev=False
+    )
     parser.add_argument("-V", "--version", action="version", version=f"vfsdctl {vfsd.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     policy.add_to(commands)
     status.add_to(commands)
+    fault.add_to(commands)
     return parser
 
 

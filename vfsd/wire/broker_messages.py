@@ -561,6 +561,12 @@ _NOTICE_TAG_OF = {message: tag for tag, message in NOTICES.items()}
 SPEC_OF: dict[type[Any], Spec] = {spec.message: spec for spec in REQUESTS}
 
 
+def permit(spec: Spec) -> None:
+    """Add a row, before the first packet: of a message that is in no table unless an option asks for it."""
+    _BY_TAG[spec.tag] = SPEC_OF[spec.message] = spec
+    _TAG_OF[spec.message] = spec.tag
+
+
 class Slot(NamedTuple):
     """One request of the guest's: where it stands, and the number that tells one use of that head from the next."""
 

@@ -345,6 +345,12 @@ _ROW_OF = {
 }
 
 
+def extended(table: Table, *rows: Row) -> Table:
+    """A table with further rows, whose messages can be sent from then on: what only an option permits is in no table without it."""
+    _ROW_OF.update({row.message: row for row in rows})
+    return {**table, **_table(*rows)}
+
+
 def max_fds(table: Table) -> int:
     """The most descriptors that one packet of this direction may bring."""
     return max(row.max_fds for row in table.values())

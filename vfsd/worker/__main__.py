@@ -53,10 +53,10 @@ class _Greeting:
 
 def main() -> None:
     config = read_config(WorkerConfig, int(sys.argv[1]))
-    run_role(config, f"worker{config.index}", lambda channel, log: _serve(config, channel, log))
+    run_role(config, f"worker{config.index}", lambda channel, log: serve(config, channel, log))
 
 
-def _serve(config: WorkerConfig, channel: Channel, log: ChildLog) -> None:
+def serve(config: WorkerConfig, channel: Channel, log: ChildLog) -> None:
     enter_empty_root(config.sandbox)
     control = Channel.from_fd(OwnedFd(config.control_fd), CONTROL_TO_WORKER)
     pool = IoPool()

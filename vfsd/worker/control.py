@@ -316,16 +316,16 @@ class Control:
 
 def main() -> NoReturn:
     config = read_config(ControlConfig, int(sys.argv[1]))
+    run_role(config, "control", lambda channel, log: serve(config, channel, log))
 
-    def body(supervisor: Channel, log: ChildLog) -> None:
-        enter_empty_root(config.sandbox)
-        inflight = InflightMemory(config.request_queues + 1)
-        settle_allocator()
-        done = lock_down(config.confinement)
-        supervisor.send(Ready(done.securebits, done.landlock, done.dumpable))
-        Control(config, supervisor, log, inflight).run()
 
-    run_role(config, "control", body)
+def serve(config: ControlConfig, supervisor: Channel, log: ChildLog) -> None:
+    enter_empty_root(config.sandbox)
+    inflight = InflightMemory(config.request_queues + 1)
+    settle_allocator()
+    done = lock_down(config.confinement)
+    supervisor.send(Ready(done.securebits, done.landlock, done.dumpable))
+    Control(config, supervisor, log, inflight).run()
 
 
 if __name__ == "__main__":
