@@ -13,6 +13,7 @@ import selectors
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from vfsd.children import Child
@@ -57,16 +58,19 @@ class Kept:
     def as_given(self) -> GivenRule:
         return GivenRule(self.number, self.slot, self.seed, self.given_ns, self.rule.text)
 
+    def as_message(self, change: int) -> FaultRule:
+        return FaultRule(change, self.number, self.slot, self.seed, self.given_ns, self.rule.text.encode())
+
 
 class FaultDesk:
-    """`children()`: those that are to hear of changes."""
-
     def __init__(self, options: Options, log: StderrLog) -> None:
         file = _read_file(options.fault_rules)
         self._seed = int.from_bytes(os.urandom(7), "little") if file.seed is None else file.seed
         self._log = log
         self._numbers = 0
         self._kept: dict[int, Kept] = {}
+        self._changes = 0
+        self._told: dict[int, tuple[str, int]] = {}  # by place: who, and the last change that it was sent
         self._memory = _make_counters()
         self._counters = Counters(memoryview(mmap.mmap(self._memory.fileno(), COUNTERS_BYTES)))
         self._children: Callable[[], Iterable[Child]] = tuple
@@ -100,14 +104,26 @@ class FaultDesk:
 
     def _given(self, role: str, config: RoleConfig) -> bytes:
         place = place_of_worker(config.index) if isinstance(config, WorkerConfig) else {"broker": BROKER, "control": CONTROL}[role]
+        self._told.pop(place, None)  # it begins with all that holds
         return pack_given(
             Given(self._memory.fileno(), place, tuple(kept.as_given() for kept in self._kept.values() if kept.concerns(role)))
         )
 
-    def _tell(self, kept: Kept, message: ChannelMessage) -> None:
+    def _tell(self, kept: Kept, make: Callable[[int], ChannelMessage]) -> None:
+        self._changes += 1
         for child in self._children():
-            if kept.concerns(child.role.partition(" ")[0]) and not child.send(message):
+            role, _, index = child.role.partition(" ")
+            if not kept.concerns(role):
+                continue
+            if child.send(make(self._changes)):
+                place = place_of_worker(int(index)) if role == "worker" else {"broker": BROKER, "control": CONTROL}[role]
+                self._told[place] = (child.role, self._changes)
+            else:
                 self._log.warning(f"{child.role} could not be told of fault {kept.number}: it does not read its channel, or is gone")
+
+    def _deaf(self) -> list[str]:
+        """Who has not heard yet of what it was told."""
+        return [role for place, (role, change) in self._told.items() if self._counters.heard(place) < change]
 
     # --- the operator --------------------------------------------------------------------------------------------------
 
@@ -122,7 +138,7 @@ class FaultDesk:
             case {"do": "add", "rules": [*texts]} if all(type(text) is str for text in texts):
                 return {"added": self._add(texts)}
             case {"do": "list"}:
-                return {"seed": self._seed, "rules": [self._shown(kept) for kept in self._kept.values()]}
+                return {"seed": self._seed, "rules": [self._shown(kept) for kept in self._kept.values()], "deaf": self._deaf()}
             case {"do": "remove", "numbers": [*numbers]} if all(type(number) is int for number in numbers):
                 return {"removed": self._remove(numbers)}
             case {"do": "clear"}:
@@ -137,7 +153,7 @@ class FaultDesk:
         added = [self._keep(rule) for rule in rules]
         for kept in added:
             self._log.warning(f"fault {kept.number} {kept.rule.text}: added")
-            self._tell(kept, FaultRule(*kept.as_given()[:4], kept.rule.text.encode()))
+            self._tell(kept, kept.as_message)
         return [kept.number for kept in added]
 
     def _keep(self, rule: Rule) -> Kept:
@@ -155,12 +171,16 @@ class FaultDesk:
             kept = self._kept.pop(number)
             matches, hits = self._counters.totals(kept.slot)
             self._log.warning(f"fault {number} {kept.rule.text}: removed after {matches} matches, {hits} hits")
-            self._tell(kept, FaultGone(number))
+            self._tell(kept, partial(_gone, number))
         return numbers
 
     def _shown(self, kept: Kept) -> dict[str, Any]:
         matches, hits = self._counters.totals(kept.slot)
         return {"number": kept.number, "rule": kept.rule.text, "matches": matches, "hits": hits}
+
+
+def _gone(number: int, change: int) -> FaultGone:
+    return FaultGone(change, number)
 
 
 def _read_file(name: str | None) -> RuleFile:

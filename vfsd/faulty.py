@@ -19,7 +19,7 @@ from vfsd.channel import Channel, ChannelClosed, Received
 from vfsd.config import RoleConfig
 from vfsd.faults import catalogue
 from vfsd.faults.counters import COUNTERS_BYTES, Counters
-from vfsd.faults.given import unpack_given
+from vfsd.faults.given import GivenRule, unpack_given
 from vfsd.faults.grammar import parse_rule
 from vfsd.faults.injector import Armed, Hit, Injector
 from vfsd.faults.rule import Rule
@@ -63,13 +63,14 @@ class Faults:
         self._channel = channel
         self.sleep = sleep
         with OwnedFd(told.counters_fd) as fd:
-            counters = Counters(memoryview(mmap.mmap(fd.fileno(), COUNTERS_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)))
-        self.injector = Injector(told.place, counters, log, time.monotonic_ns)
+            self._counters = Counters(memoryview(mmap.mmap(fd.fileno(), COUNTERS_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)))
+        self._place = told.place
+        self.injector = Injector(told.place, self._counters, log, time.monotonic_ns)
         for rule in told.rules:
-            self._arm(FaultRule(*rule[:4], rule.expression.encode()))
+            self._arm(rule)
 
-    def _arm(self, given: FaultRule) -> Armed:
-        armed = Armed(given.number, given.slot, parse_rule(given.expression.decode()), given.seed, given.given_ns)
+    def _arm(self, given: GivenRule) -> Armed:
+        armed = Armed(given.number, given.slot, parse_rule(given.expression), given.seed, given.given_ns)
         self.injector.put(armed)
         return armed
 
@@ -77,8 +78,10 @@ class Faults:
         """Whether it was about faults, and is done with."""
         if isinstance(message, FaultGone):
             self.injector.drop(message.number)
+            self._counters.hear(self._place, message.change)
         elif isinstance(message, FaultRule):
-            armed = self._arm(message)
+            armed = self._arm(GivenRule(message.number, message.slot, message.seed, message.given_ns, message.expression.decode()))
+            self._counters.hear(self._place, message.change)  # before a rule that says "now"
             if armed.rule.point == catalogue.NOW:
                 self.arrived(armed.rule, self.injector.hits([armed], "the rule arrived"))
         else:

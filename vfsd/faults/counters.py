@@ -13,7 +13,8 @@ BROKER, CONTROL, _FIRST_WORKER = 0, 1, 2
 _MOST_WORKERS = 256
 _PLACES = _FIRST_WORKER + _MOST_WORKERS
 _PAIR = 16  # u64 matches, u64 hits
-COUNTERS_BYTES = MAX_RULES * _PLACES * _PAIR
+_HEARD = MAX_RULES * _PLACES * _PAIR // 8  # where a u64 for each place begins: the last change that it has heard of
+COUNTERS_BYTES = 8 * (_HEARD + _PLACES)
 
 
 def place_of_worker(index: int) -> int:
@@ -56,6 +57,13 @@ class Counters:
     def clear(self, slot: int) -> None:
         at = 8 * self._at(slot, 0)
         self._buffer[at : at + _PLACES * _PAIR] = bytes(_PLACES * _PAIR)
+
+    def hear(self, place: int, change: int) -> None:
+        """The process at this place knows the rules up to that change."""
+        self._words[_HEARD + place] = change
+
+    def heard(self, place: int) -> int:
+        return self._words[_HEARD + place]
 
     def close(self) -> None:
         self._words.release()

@@ -9,6 +9,8 @@ import argparse
 import json
 import os
 import socket
+import sys
+import time
 from typing import Any
 
 from vfsd.errors import ConfigError
@@ -16,6 +18,8 @@ from vfsd.faults.grammar import parse_rule
 from vfsd.faults.socket_path import MOST_REPLY, default_path
 
 _ANSWER_SECONDS = 10.0
+_HEAR_SECONDS = 2.0  # for the processes to hear of a change
+_LOOK_SECONDS = 0.002
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,7 +50,10 @@ def _run(found: argparse.Namespace) -> int:
         asked["rules"] = found.rules
     elif found.do == "remove":
         asked["numbers"] = found.numbers
-    answer = ask(os.fsencode(found.socket), asked)
+    path = os.fsencode(found.socket)
+    answer = ask(path, asked)
+    if found.do != "list" and (deaf := wait_until_heard(path)):
+        print(f"vfsdctl: {', '.join(deaf)} did not hear of it within {_HEAR_SECONDS:.0f} s: busy, hung, or being replaced", file=sys.stderr)
     if getattr(found, "json", False):
         print(json.dumps(answer))
     elif found.do == "list":
@@ -75,6 +82,19 @@ def ask(path: bytes, asked: dict[str, Any]) -> dict[str, Any]:
     if "error" in answer:
         raise ConfigError(str(answer["error"]))
     return answer
+
+
+def wait_until_heard(path: bytes) -> list[str]:
+    """Until every process that a change concerns knows of it; who does not, after some time. Nobody, if vfsd died of it."""
+    deadline = time.monotonic() + _HEAR_SECONDS
+    while True:
+        try:
+            deaf: list[str] = ask(path, {"do": "list"})["deaf"]
+        except ConfigError:
+            return []
+        if not deaf or time.monotonic() > deadline:
+            return deaf
+        time.sleep(_LOOK_SECONDS)
 
 
 def _show(answer: dict[str, Any]) -> None:

@@ -16,8 +16,12 @@ _U64 = 2**64 - 1
 
 @dataclass(frozen=True, slots=True)
 class FaultRule(ChannelMessage):
-    """To a child: from now on this rule holds. `slot`: where it counts; `seed` decides by chance; `given_ns`: CLOCK_MONOTONIC."""
+    """To a child: from now on this rule holds. `slot`: where it counts; `seed` decides by chance; `given_ns`: CLOCK_MONOTONIC.
 
+    `change` counts what the operator changed: the child notes beside its counters that it has heard of it.
+    """
+
+    change: int
     number: int
     slot: int
     seed: int
@@ -29,6 +33,7 @@ class FaultRule(ChannelMessage):
 class FaultGone(ChannelMessage):
     """To a child: that rule holds no more."""
 
+    change: int
     number: int
 
 
@@ -38,8 +43,8 @@ class KillMe(ChannelMessage):
 
 
 _TO_CHILD = (
-    Row(64, FaultRule, (Uint(_U64), Uint(2**16), Uint(_U64), Uint(_U64), Octets(MAX_EXPRESSION_BYTES))),
-    Row(65, FaultGone, (Uint(_U64),)),
+    Row(64, FaultRule, (Uint(_U64), Uint(_U64), Uint(2**16), Uint(_U64), Uint(_U64), Octets(MAX_EXPRESSION_BYTES))),
+    Row(65, FaultGone, (Uint(_U64), Uint(_U64))),
 )
 _FROM_CHILD = (Row(66, KillMe),)
 

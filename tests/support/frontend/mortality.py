@@ -21,7 +21,7 @@ def worker_pids(served: Served) -> list[int]:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"vfsd.worker" in words:
+        if {b"vfsd.worker", b"vfsd.worker.faulty"} & set(words):
             found.append(pid)
     return found
 
