@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import pytest
 
 from tests.support.documents import TREE, load_tool
+from vfsd.faults.matrix import MATRIX
 from vfsd.sandbox.seccomp import load_policy
 from vfsd.sandbox.seccomp_forbidden import FORBIDDEN
 from vfsd.tools.expectations import EXPECTATIONS
@@ -29,6 +31,7 @@ class Generated(NamedTuple):
 GENERATED = {
     "protocol_doc": Generated("protocol.md", ("| 10 | Lookup |", "| 11 | Lookup |"), "the tables say"),
     "seccomp_doc": Generated("seccomp.md", ("`preadv2`", "`preadv`"), "the policy says"),
+    "faults_doc": Generated("faults.md", ("`after-pop`", "`after-lunch`"), "vfsd/faults and the tests say"),
     "census_doc": Generated(
         "census.md", ("| threads | /proc/PID/task | 1 | 22 |", "| threads | /proc/PID/task | 1 | 23 |"), "the expectations say"
     ),
@@ -87,6 +90,12 @@ def test_the_census_has_a_row_for_each_expectation_variant_and_purpose():
         for variant in expectation.variants:
             assert f"| {variant.condition.name} | {expectation.what} |" in text
     assert all(f"| {purpose} |" in text for _, purpose, _ in TOLD_BY)
+
+
+def test_every_fault_is_tried_and_every_marker_names_one():
+    patterns = [pattern for _file, _test, pattern in load_tool("faults_doc").marked_tests()]
+    assert [cell.name for cell in MATRIX if not any(fnmatchcase(cell.name, pattern) for pattern in patterns)] == []
+    assert [pattern for pattern in patterns if not any(fnmatchcase(cell.name, pattern) for cell in MATRIX)] == []
 
 
 def test_every_rule_is_in_the_document_of_what_was_exercised():
