@@ -71,19 +71,22 @@ class FaultDesk:
         self._kept: dict[int, Kept] = {}
         self._changes = 0
         self._told: dict[int, tuple[str, int]] = {}  # by place: who, and the last change that it was sent
+        self._socket: FaultSocket | None = make_fault_socket(options.fault_socket, options.socket_path)
         self._memory = _make_counters()
-        self._counters = Counters(memoryview(mmap.mmap(self._memory.fileno(), COUNTERS_BYTES)))
+        self._mapping = mmap.mmap(self._memory.fileno(), COUNTERS_BYTES)
+        self._counters = Counters(memoryview(self._mapping))
         self._children: Callable[[], Iterable[Child]] = tuple
         to_child({})  # what is in these tables can be sent from now on
         for rule in file.rules:
             self._keep(rule)
-        self._socket: FaultSocket | None = make_fault_socket(options.fault_socket, options.socket_path)
         where = "no socket" if self._socket is None else f"rules may be changed by {os.fsdecode(self._socket.path)}"
         self._log.warning(f"fault injection is on: {len(self._kept)} rules, seed {self._seed}; {where}")
 
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
+        self._counters.close()
+        self._mapping.close()
         self._memory.close()
 
     # --- children ------------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ MODES = {
         for role in ("supervisor", "broker", "control", "worker")
         for what in ("seccomp", "what seccomp does", "seccomp policy")
     },
+    ("--fault-rules=/dev/null",): {(role, "fault injection") for role in ("broker", "control", "worker")},
     ("--sandbox=chroot",): {
         (role, what) for role in ("broker", "control", "worker") for what in ("namespaces", "root directory", "working directory")
     },
@@ -248,6 +249,7 @@ SPOILT = {
     "no_new_privs": [in_one_thread(no_new_privs=False)],
     "seccomp": [in_one_thread(seccomp_mode=0), in_one_thread(seccomp_filters=1), in_one_thread(seccomp_filters=3)],
     "Landlock": [with_report(landlock=0)],
+    "fault injection": [lambda process: with_census(process, command=("python", "-I", "-m", "vfsd.worker.faulty", "5"))],
     "namespaces": [in_one_thread(namespaces=HOST), lambda process: replace(process, census=host_namespaces(process.census))],
     "root directory": [
         with_mount(fs_type="ext4"),

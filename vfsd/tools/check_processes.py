@@ -48,3 +48,13 @@ def known_descriptors(text: str) -> Check:
         return Seen(not unknown, f"{len(found)} open" + (", of no known purpose: " + ", ".join(unknown) if unknown else ""))
 
     return Check(text, look)
+
+
+def faults(text: str, *, injected: bool) -> Check:
+    """By the module that a child was started with."""
+
+    def look(subject: Subject) -> Seen:
+        modules = [word for word in subject.process.census.command if word.startswith("vfsd.")]
+        return Seen(any("faulty" in module.split(".") for module in modules) == injected, " ".join(modules) or "?")
+
+    return Check(text, look)

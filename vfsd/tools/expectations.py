@@ -67,6 +67,7 @@ OTHER_POLICY = Condition(
     "--seccomp-policy", lambda daemon: daemon.options.seccomp_policy is not None and not daemon.options.allow_weak_policy
 )
 WEAK_POLICY = Condition("--allow-weak-policy", lambda daemon: daemon.options.allow_weak_policy, weaker=True)
+FAULTS = Condition("--fault-rules, --fault-socket", lambda daemon: daemon.options.faults, weaker=True)
 NO_HANDLES = Condition("--inode-file-handles=never", lambda daemon: daemon.options.inode_file_handles == "never")
 MORE_CAPABILITIES = Condition("--modcaps=+…", lambda daemon: bool(daemon.options.broker_extra), weaker=True)
 USER = Condition("an ordinary user", lambda daemon: not _started_by_root(daemon) and daemon.options.sandbox == "namespace")
@@ -205,6 +206,11 @@ EXPECTATIONS: tuple[Expectation, ...] = (
             Variant(OTHER_POLICY, _same_for_all(privileges.policy("another, that allows nothing forbidden: read that one", shipped=False))),
             Variant(WEAK_POLICY, _same_for_all(privileges.policy("another, that allows what no policy should", shipped=False))),
         ),
+    ),
+    Expectation(
+        "fault injection", "/proc/PID/cmdline",
+        _each(processes.faults("none", injected=False), "broker", "control", "worker"),
+        (Variant(FAULTS, _each(processes.faults("by the operator's rules", injected=True), "broker", "control", "worker")),),
     ),
     Expectation(
         "Landlock", "the process, at its lock-down",

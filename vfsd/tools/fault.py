@@ -71,13 +71,16 @@ def ask(path: bytes, asked: dict[str, Any]) -> dict[str, Any]:
         sock.settimeout(_ANSWER_SECONDS)
         try:
             sock.connect(beside if os.path.exists(beside) else path)
-            sock.send(json.dumps(asked).encode())
-            packet = sock.recv(MOST_REPLY)
         except OSError as error:
             remedy = "is vfsd running, with --fault-rules or --fault-socket, and are you root or who started it?"
-            raise ConfigError(f"{name}: {error.strerror or 'no answer'}; {remedy}") from error
+            raise ConfigError(f"{name}: {error.strerror}; {remedy}") from error
+        try:
+            sock.send(json.dumps(asked).encode())
+            packet = sock.recv(MOST_REPLY)
+        except OSError:
+            packet = b""
     if not packet:
-        raise ConfigError(f"{name}: vfsd answers root and who started it, and nobody else")
+        raise ConfigError(f"{name}: no answer: vfsd answers root and who started it, and nobody else; or it has just ended")
     answer: dict[str, Any] = json.loads(packet)
     if "error" in answer:
         raise ConfigError(str(answer["error"]))
