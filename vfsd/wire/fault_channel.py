@@ -47,6 +47,7 @@ _TO_CHILD = (
     Row(65, FaultGone, (Uint(_U64), Uint(_U64))),
 )
 _FROM_CHILD = (Row(66, KillMe),)
+ROWS = (*_TO_CHILD, *_FROM_CHILD)
 
 
 def to_child(table: Table) -> Table:
