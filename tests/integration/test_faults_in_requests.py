@@ -12,6 +12,7 @@ from tests.support.frontend.faults import SPOKEN, add_fault, clear_faults, count
 from tests.support.frontend.fuse_client import ROOT
 from tests.support.frontend.ring import RingError, RingTimeout
 from tests.support.frontend.serving import start
+from tests.support.frontend.vhost_user_client import BackendRefused
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,20 @@ def test_a_path_is_the_one_that_the_file_has_now(served):
     client.rename(directory, b"table", ROOT, b"moved")
     assert client.read(nodeid, fh, 0, 4) == b"rows"
     assert counted(served, number) == (4, 4)
+
+
+@pytest.mark.parametrize(("sandbox", "handles"), [("chroot", "never"), ("none", "mandatory")])
+def test_a_path_begins_at_the_share_in_every_sandbox(serve, sandbox, handles):
+    served = serve(Options(sandbox=sandbox, handles=handles, extra=("--fault-rules", "/dev/null")))
+    client = served.client
+    add_fault(served, "GETATTR,MKDIR:error=EIO:path=/made*")
+    (served.share / "made").write_bytes(b"")
+    (served.share / "other").write_bytes(b"")
+    assert errno_of(client.getattr, client.lookup(ROOT, b"made").nodeid) == errno.EIO
+    assert errno_of(client.getattr, client.lookup(ROOT, b"other").nodeid) == 0
+    assert errno_of(client.mkdir, ROOT, b"made-too") == errno.EIO
+    add_fault(served, "STATFS:error=EIO:path=/")
+    assert errno_of(client.statfs, ROOT) == errno.EIO
 
 
 @pytest.mark.fault("operation:delay")
@@ -230,6 +245,16 @@ def test_a_system_call_of_a_worker_fails(served, opened):
     assert errno_of(client.read, nodeid, fh, 0, 10) == errno.EIO
     assert errno_of(client.list, ROOT) == errno.EIO
     assert client.write(nodeid, fh, 0, b"x") == 1
+
+
+@pytest.mark.fault("worker.call:error")
+def test_memory_that_a_worker_cannot_map_is_refused(serve):
+    served = serve(Options(extra=("--fault-rules", "/dev/null")))
+    served.client.getattr(ROOT)
+    add_fault(served, "worker.mmap:error=ENOMEM:times=1")
+    served.expect_log("SET_MEM_TABLE")
+    with pytest.raises(BackendRefused, match="SET_MEM_TABLE"):
+        served.device.set_mem_table(need=True)
 
 
 @pytest.mark.fault("worker.call:delay")

@@ -23,8 +23,8 @@ _OPERATIONS = """
 OPERATIONS: dict[str, int] = {name: getattr(fuse_abi, f"FUSE_{name}") for name in _OPERATIONS.split()}
 ANY_OPERATION = "*"
 
-# As the kernel calls them; *which* function of vfsd makes them is in worker/faulty/calls.py and broker/faulty/calls.py.
-WORKER_CALLS = ("preadv2", "pwritev2", "lseek", "getdents64", "copy_file_range", "fstat")
+# As the kernel calls them; which functions make them is in worker/faulty/__main__.py and broker/faulty/__main__.py.
+WORKER_CALLS = ("preadv2", "pwritev2", "lseek", "getdents64", "copy_file_range", "fstat", "mmap")
 BROKER_CALLS = (
     "openat", "open_by_handle_at", "name_to_handle_at", "statx", "fstatfs", "readlinkat", "mkdirat", "mknodat", "symlinkat", "linkat",
     "unlinkat", "renameat2", "fchmodat", "fchownat", "utimensat", "ftruncate", "fallocate", "fsync", "fdatasync", "syncfs", "dup",

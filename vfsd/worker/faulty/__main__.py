@@ -12,7 +12,7 @@ from vfsd.faulty import Faults, run_faulty_role, substitute
 from vfsd.log import ChildLog
 from vfsd.wire import broker_messages, fault_messages
 from vfsd.worker import __main__ as plain
-from vfsd.worker import appends, event_loop, ops_dirs, ops_files, ops_inodes, ring_table
+from vfsd.worker import appends, event_loop, guest_memory, ops_dirs, ops_files, ops_inodes, ring_table
 from vfsd.worker.event_loop import EventLoop
 from vfsd.worker.faulty.requests import FaultyBrokerClient, FaultyDispatcher, Pauses
 from vfsd.worker.faulty.rings import FaultyRing, FaultyRingTable, FaultyTable, FaultyVirtqueue
@@ -24,7 +24,12 @@ _OS_CALLS = {
     "copy_file_range": "copy_file_range",
 }
 _FILE_CALLS = {"fstat": "fstat", "mode_of": "fstat", "getdents64": "getdents64"}
-_MAKING_CALLS = (appends, ops_dirs, ops_files, ops_inodes)
+# By module, and the name of what it calls them by.
+_CALLS = {
+    **{(module, "os"): _OS_CALLS for module in (appends, ops_dirs, ops_files, ops_inodes)},
+    **{(module, "filecalls"): _FILE_CALLS for module in (appends, ops_dirs, ops_files, ops_inodes)},
+    (guest_memory, "mmap"): {"mmap": "mmap"},
+}
 
 
 class FaultyEventLoop(EventLoop):
@@ -60,10 +65,8 @@ def serve(config: WorkerConfig, channel: Channel, log: ChildLog) -> None:
     substitute(ring_table, "Ring", partial(FaultyRing, faults))
     substitute(ring_table, "Virtqueue", partial(FaultyVirtqueue, faults))
     substitute(ring_table, "MappedTable", partial(FaultyTable, faults))
-    for name, calls in (("os", _OS_CALLS), ("filecalls", _FILE_CALLS)):
-        for module in _MAKING_CALLS:
-            if name in vars(module):
-                substitute(module, name, faults.calls("worker", vars(module)[name], calls))
+    for (module, name), calls in _CALLS.items():
+        substitute(module, name, faults.calls("worker", vars(module)[name], calls))
     plain.serve(config, channel, log)
 
 
