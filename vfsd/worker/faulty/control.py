@@ -48,7 +48,7 @@ class FaultyDevice(Device):
         super().__init__(*rest, **keywords)
         self._faults = faults
 
-    def handle(self, message: vu.Message, fds: list[OwnedFd]) -> bytes | None:
+    def handle(self, message: vu.Message, fds: list[OwnedFd]) -> Any:
         name = message.name.removeprefix("VHOST_USER_")
         try:
             self._meet("before-message", name)
@@ -71,7 +71,7 @@ class FaultyControl(Control):
 
     def _restore_arrived(self) -> None:
         lost, self._faults.frontend_lost = self._faults.frontend_lost, False
-        if lost:
+        if lost and self._stream is not None:
             raise FrontendClosed(_WHY)
         super()._restore_arrived()
 

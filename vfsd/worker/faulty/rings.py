@@ -21,8 +21,8 @@ class FaultyTable(MappedTable):
 
     __slots__ = ("_faults", "_recovering", "queue")
 
-    def __init__(self, faults: Faults, fd: int) -> None:
-        super().__init__(fd)
+    def __init__(self, faults: Faults, *rest: Any) -> None:
+        super().__init__(*rest)
         self._faults = faults
         self._recovering = False
         self.queue = -1
@@ -36,10 +36,10 @@ class FaultyTable(MappedTable):
             self._faults.at("before-clear", f"{len(heads)} completions of queue {self.queue}", queue=self.queue)
         super().clear(heads, used_idx)
 
-    def recover(self, used_idx: int) -> Recovered:
+    def recover(self, *where: Any) -> Recovered:
         self._recovering = True
         try:
-            return super().recover(used_idx)
+            return super().recover(*where)
         finally:
             self._recovering = False
 
@@ -49,14 +49,14 @@ class FaultyVirtqueue(Virtqueue):
 
     __slots__ = ("_faults", "_withheld", "twists")
 
-    def __init__(self, faults: Faults, memory: Any, index: int, *rest: Any) -> None:
+    def __init__(self, faults: Faults, memory: Any, index: int, *rest: Any, **keywords: Any) -> None:
         self._faults = faults
         self._withheld: list[tuple[int, int]] = []
         self.twists: list[Hit] = []
         for each in rest:
             if isinstance(each, FaultyTable):
                 each.queue = index
-        super().__init__(memory, index, *rest)
+        super().__init__(memory, index, *rest, **keywords)
 
     def push(self, head: int, written_bytes: int) -> None:
         twists, self.twists = self.twists, []
@@ -116,8 +116,8 @@ def _corrupt(chain: Chain | None, written_bytes: int, hit: Hit) -> None:
 class FaultyRing(Ring):
     __slots__ = ("_faults",)
 
-    def __init__(self, faults: Faults, *rest: Any) -> None:
-        super().__init__(*rest)
+    def __init__(self, faults: Faults, *rest: Any, **keywords: Any) -> None:
+        super().__init__(*rest, **keywords)
         self._faults = faults
 
     def pop(self) -> Chain | None:
