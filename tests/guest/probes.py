@@ -633,3 +633,24 @@ def wait_for(path, text, seconds):
             return time.monotonic() - start
         time.sleep(0.05)
     return None
+
+
+# -- failing -----------------------------------------------------------------------------------------------------------
+
+
+def attempt(operation, path):
+    """Open a file and do this to it: 0, or the errno of whatever failed first."""
+    try:
+        fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if operation == "create" else 0))
+        try:
+            if operation == "read":
+                os.pread(fd, 100, 0)
+            if operation in ("write", "fsync"):
+                os.pwrite(fd, b"data", 0)
+            if operation == "fsync":
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error.errno
+    return 0
