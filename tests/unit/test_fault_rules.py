@@ -125,6 +125,8 @@ def test_a_path_is_matched_as_a_whole(path, fits):
         ("worker:kill", 12, "add at= one of after-pop"),
         ("worker:kill:at=lunch", 16, "'lunch' is no point of worker"),
         ("broker:kill:at=before-request:message=Creat", 39, "Create"),
+        ("worker:kill:queue=1:at=before-ask", 13, "leave queue out"),
+        ("control:kill:at=now:message=SET_OWNER", 21, "leave message out"),
         ("kick:drop", 6, "use one of lose"),
         ("supervisor.open:error=EIO", 1, "use one of worker, broker"),
         ("broker.frob:error=EIO", 8, "openat"),

@@ -80,6 +80,8 @@ POINTS = (
     Point("control", "before-reply", "it is done, and not answered"),
     Point("control", NOW, "the rule arrives"),
 )
+# What is not known at a point cannot be selected by there.
+UNKNOWN_AT: dict[str, tuple[str, ...]] = {"queue": ("before-ask", "after-ask", NOW), "message": (NOW,)}
 # Where a connection can be closed.
 CLOSING_POINTS = ("before-message", "before-reply", NOW)
 

@@ -85,6 +85,9 @@ class _Parser:
             role = "worker" if action.name == "truncate" else "broker"
         selected = self._selectors(rest[1:], kind)
         point = self._point(selected.pop("at", None), kind, action)
+        for part in rest[1:]:
+            if point in catalogue.UNKNOWN_AT.get(part.key, ()):
+                self._fail(part.column, f"at={point} there is no {part.key} yet, or any", f"leave {part.key} out, or name another point")
         return Rule(self._text, kind, role, subjects, action, self._when(selected), point=point, **selected)
 
     # --- targets -------------------------------------------------------------------------------------------------------

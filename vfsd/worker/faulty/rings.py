@@ -8,7 +8,7 @@ from vfsd.faults import catalogue
 from vfsd.faults.injector import Hit
 from vfsd.faults.rule import chance
 from vfsd.faulty import Faults
-from vfsd.wire.inflight import Recovered
+from vfsd.wire.inflight import _SKEW, Recovered
 from vfsd.worker.inflight_memory import MappedTable
 from vfsd.worker.request import OUT_HEADER_BYTES
 from vfsd.worker.ring import Ring
@@ -36,6 +36,10 @@ class FaultyTable(MappedTable):
             self._faults.at("before-clear", f"{len(heads)} completions of queue {self.queue}", queue=self.queue)
         super().clear(heads, used_idx)
 
+    def doubled(self, entries: int) -> None:
+        """So many entries of the used ring are of no request: how far the available ring was taken is told without them."""
+        self._words[_SKEW] = (self._words[_SKEW] - entries) & 0xFFFF
+
     def recover(self, *where: Any) -> Recovered:
         self._recovering = True
         try:
@@ -47,11 +51,12 @@ class FaultyTable(MappedTable):
 class FaultyVirtqueue(Virtqueue):
     """`twists`: the faults of the next completion that is pushed."""
 
-    __slots__ = ("_faults", "_withheld", "twists")
+    __slots__ = ("_doubled", "_faults", "_withheld", "twists")
 
     def __init__(self, faults: Faults, memory: Any, index: int, *rest: Any, **keywords: Any) -> None:
         self._faults = faults
         self._withheld: list[tuple[int, int]] = []
+        self._doubled = 0  # of what is staged
         self.twists: list[Hit] = []
         for each in rest:
             if isinstance(each, FaultyTable):
@@ -77,6 +82,7 @@ class FaultyVirtqueue(Virtqueue):
         self._used_ring[place] = head
         self._used_ring[place + 1] = written_bytes
         self._next_used = (self._next_used + 1) & 0xFFFF
+        self._doubled += 1
 
     def release_withheld(self) -> None:
         """What was kept back is completed after all: the ring is to stop, and could not with requests in flight."""
@@ -90,6 +96,9 @@ class FaultyVirtqueue(Virtqueue):
         what = f"{len(self._staged)} completions of queue {self.index}"
         self._faults.at("before-publish", what, queue=self.index)
         wanted = super().publish()
+        if self._doubled and isinstance(self.inflight, FaultyTable):
+            self.inflight.doubled(self._doubled)
+            self._doubled = 0
         self._faults.at("after-publish", what, queue=self.index)
         if not wanted:
             return False
