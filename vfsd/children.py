@@ -8,7 +8,6 @@ no Ctrl-C of ours), /dev/null as stdin and stdout, and as stderr a small sealed 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import select
 import signal
@@ -21,13 +20,17 @@ from collections.abc import Callable, Sequence
 from vfsd.channel import Channel, ChannelClosed
 from vfsd.config import RoleConfig, config_memfd
 from vfsd.errors import ConfigError
-from vfsd.fds import OwnedFd
+from vfsd.fds import OwnedFd, sealed_memfd
 from vfsd.heartbeat import Heartbeat
+from vfsd.kernel_log import KernelLog
 from vfsd.log import ChildLines, StderrLog
 from vfsd.sandbox.namespaces import USE_CHROOT
 from vfsd.sandbox.spawn import FirstProcess, start_in_pid_namespace
-from vfsd.wire.channel import ChannelMessage, Table
+from vfsd.wire.channel import ChannelMessage, Stop, Table
 
+STOP_SECONDS = 0.3  # from Stop to SIGKILL; libvirt and systemd kill us some seconds after their SIGTERM
+KILL_SECONDS = 0.5  # then whatever is still there sits in an uninterruptible call of the host's kernel
+CULPRIT_SECONDS = 0.1  # peers of a child that crashed see their socket close before the kernel reports the crash
 LAST_WORDS_BYTES = 8192  # room for the traceback of a child that cannot even import its modules
 
 
@@ -51,8 +54,9 @@ class Child:
         self.completed = False  # of a worker: whether it completed a request
         self.heartbeat: Heartbeat | None = None  # of a worker that serves
         self.returncode = 0  # meaningful once it is reaped
+        self.syscall: int | None = None  # that its filter killed it for
         self.lines = ChildLines(log, role.replace(" ", ""))
-        self._last_words = _sealed_memfd(LAST_WORDS_BYTES)
+        self._last_words = sealed_memfd("vfsd-last-words", LAST_WORDS_BYTES)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel = Channel(ours, accepts)
         try:
@@ -101,16 +105,23 @@ class Child:
         except ChannelClosed:
             return False
 
+    def rename(self, role: str) -> None:
+        """It has another duty from now on."""
+        self.role = role
+        self.lines.rename(role.replace(" ", ""))
+
     def kill(self) -> None:
         try:
             signal.pidfd_send_signal(self.pidfd.fileno(), signal.SIGKILL)
         except ProcessLookupError:
             return
 
-    def reap(self) -> str:
+    def reap(self, kernel_log: KernelLog | None = None) -> str:
         """How it died, in words. Call it only when the pidfd is readable, or it waits."""
         self.returncode = self._process.wait()
-        return death(self.returncode)
+        if self.returncode == -signal.SIGSYS and kernel_log is not None and self.syscall is None:
+            self.syscall = kernel_log.syscall_of(self.pid)
+        return death(self.returncode, self.syscall)
 
     def last_words(self) -> list[str]:
         """What it wrote to stderr: the end of a traceback, or nothing."""
@@ -123,8 +134,8 @@ class Child:
         self._last_words.close()
 
 
-def death(returncode: int) -> str:
-    """A subprocess return code in words."""
+def death(returncode: int, syscall: int | None = None) -> str:
+    """A subprocess return code in words; of SIGSYS with the system call, if it is known."""
     if returncode >= 0:
         return f"ended with exit status {returncode}"
     try:
@@ -132,7 +143,8 @@ def death(returncode: int) -> str:
     except ValueError:
         name = f"signal {-returncode}"
     if -returncode == signal.SIGSYS:
-        return f"was killed by {name}: it made a system call that its seccomp filter does not allow"
+        which = "unknown" if syscall is None else str(syscall)
+        return f"was killed by {name} (system call {which}): it made a system call that its seccomp filter does not allow"
     return f"was killed by {name}"
 
 
@@ -151,9 +163,30 @@ def wait_for_deaths(children: list[Child], seconds: float, enough: int | None = 
     return dead
 
 
-def _sealed_memfd(size: int) -> OwnedFd:
-    """A memfd that can neither grow nor shrink: a hostile child cannot fill memory through it."""
-    memfd = OwnedFd(os.memfd_create("vfsd-last-words", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-    os.ftruncate(memfd.fileno(), size)
-    fcntl.fcntl(memfd.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-    return memfd
+def find_killed(child: Child, how: str, children: list[Child], principals: tuple[Child, Child], kernel_log: KernelLog) -> tuple[Child, str]:
+    """A child that ended by itself has often only lost a peer: prefer to blame one that a signal killed meanwhile.
+
+    The principals are to blame however they ended: a worker cannot go on without broker and control.
+    """
+    for other in wait_for_deaths([each for each in children if each is not child], CULPRIT_SECONDS, enough=1):
+        others_end = other.reap(kernel_log)
+        if others_end.startswith("was killed") or other in principals:
+            return other, others_end
+    return child, how
+
+
+def stop_all(children: list[Child], log: StderrLog) -> None:
+    """Ask them to end, and kill those that do not; closes them."""
+    for child in children:
+        child.send(Stop())
+    dead = wait_for_deaths(children, STOP_SECONDS)
+    left = [child for child in children if child not in dead]
+    for child in left:
+        child.kill()
+    dead += wait_for_deaths(left, KILL_SECONDS)
+    for child in children:
+        if child in dead:
+            child.reap()
+        else:
+            log.warning(f"{child.role} (pid {child.pid}) does not die: it waits in a call of the host's kernel")
+        child.close()

@@ -17,11 +17,11 @@ from typing import NoReturn
 import vfsd
 from vfsd.broker.xattr_map import parse as parse_xattr_map
 from vfsd.cli_compat import modernize
-from vfsd.config import MAX_REQUEST_QUEUES, MAX_TAG_BYTES, Features, HandleMode, Options
+from vfsd.cli_types import bounded_int, id_range, modcaps, path_bytes, tag_bytes, xattrmap
+from vfsd.config import MAX_REQUEST_QUEUES, MAX_SPARE_WORKERS, Features, HandleMode, Options
 from vfsd.errors import ConfigError
 from vfsd.log import ERROR, LEVELS, STDERR, StderrLog
-from vfsd.sandbox.capabilities import Change, decode_changes
-from vfsd.sandbox.id_maps import IdMap, IdRange, decode_id_range, find_overlap
+from vfsd.sandbox.id_maps import IdMap, IdRange, find_overlap
 from vfsd.service_manager import NOTHING_GIVEN, Given, take_given
 from vfsd.syslog import DEV_LOG, SyslogLog
 from vfsd.wire.id_map import make_id_maps
@@ -29,44 +29,11 @@ from vfsd.wire.id_map import make_id_maps
 # What libvirt reads to learn how to write our command line; `migrate-precopy` is not there until migration is.
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
 
-_MOST_DIGITS = 20  # of 2^63 and its sign
 _LARGEST_FD = 2**31 - 1
 _DESCRIPTION = "Serve a directory to a virtual machine over vhost-user-fs. The guest mounts it with: mount -t virtiofs TAG DIR"
-_EPILOG = "SIGTERM, SIGINT and SIGHUP end vfsd with exit status 0; so does the frontend when it closes the connection."
-
-
-def _bounded_int(smallest: int, largest: int) -> type[int]:
-    """An argparse type; argparse shows the error's text behind the option's name."""
-
-    def convert(text: str) -> int:
-        if not (text.isascii() and text.removeprefix("-").isdecimal() and len(text) <= _MOST_DIGITS):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number; give one from {smallest} to {largest}")
-        value = int(text)
-        if not smallest <= value <= largest:
-            raise argparse.ArgumentTypeError(f"{value} is out of range; give a number from {smallest} to {largest}")
-        return value
-
-    return convert  # type: ignore[return-value]  # argparse wants a callable, typeshed's alias calls it a type
-
-
-def _tag(text: str) -> bytes:
-    tag = os.fsencode(text)
-    if not tag or len(tag) > MAX_TAG_BYTES:
-        raise argparse.ArgumentTypeError(f"{len(tag)} bytes; a tag has 1 to {MAX_TAG_BYTES} bytes, choose another one")
-    return tag
-
-
-def _path(text: str) -> bytes:
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty; give the path of a directory or socket")
-    return os.fsencode(text)
-
-
-def _id_range(text: str) -> IdRange:
-    try:
-        return decode_id_range(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+_EPILOG = (
+    "SIGTERM, SIGINT and SIGHUP end vfsd with exit status 0; so does the frontend when it closes the connection (see --keep-listening)."
+)
 
 
 def _id_map(parser: argparse.ArgumentParser, option: str, ranges: Sequence[IdRange]) -> IdMap:
@@ -74,22 +41,6 @@ def _id_map(parser: argparse.ArgumentParser, option: str, ranges: Sequence[IdRan
         first, second = ("".join(f":{number}" for number in each) + ":" for each in overlap)
         parser.error(f"argument {option}: {first} and {second} map an id twice, inside or outside; give ranges that do not overlap")
     return tuple(ranges)
-
-
-def _xattrmap(text: str) -> str:
-    """Checked here, so that the fault is shown at once; the broker reads it again."""
-    try:
-        parse_xattr_map(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def _modcaps(text: str) -> tuple[Change, ...]:
-    try:
-        return decode_changes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,22 +63,25 @@ def _add_endpoint_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where the frontend (QEMU, cloud-hypervisor, User-Mode Linux ...) connects")
     endpoint = group.add_mutually_exclusive_group()  # one is required, unless a service manager passes a socket: Given.choose_fd
     endpoint.add_argument(
-        "--socket-path", type=_path, metavar="PATH", help="make and listen on this vhost-user socket; writes PATH.pid too"
+        "--socket-path", type=path_bytes, metavar="PATH", help="make and listen on this vhost-user socket; writes PATH.pid too"
     )
-    endpoint.add_argument("--socket", dest="socket_path", type=_path, metavar="PATH", help="the same (deprecated)")
+    endpoint.add_argument("--socket", dest="socket_path", type=path_bytes, metavar="PATH", help="the same (deprecated)")
     endpoint.add_argument(
-        "--fd", type=_bounded_int(0, _LARGEST_FD), metavar="N", help="use this inherited socket, listening or connected already"
+        "--fd", type=bounded_int(0, _LARGEST_FD), metavar="N", help="use this inherited socket, listening or connected already"
+    )
+    group.add_argument(
+        "--keep-listening", action="store_true", help="wait for another frontend when one is gone, and serve on what it had open"
     )
     group.add_argument("--socket-group", metavar="GROUP", help="let this group, and not only the user, connect to the socket")
     group.add_argument(
         "--tag",
-        type=_tag,
+        type=tag_bytes,
         metavar="TAG",
         help="offer this tag in the configuration space, for frontends that have no option for it (UML, crosvm)",
     )
     group.add_argument(
         "--num-request-queues",
-        type=_bounded_int(1, MAX_REQUEST_QUEUES),
+        type=bounded_int(1, MAX_REQUEST_QUEUES),
         default=default_request_queues(),
         metavar="N",
         help="request queues to offer; each one that the frontend uses gets its own worker process (default: CPUs, at most 4: here %(default)s)",
@@ -136,7 +90,7 @@ def _add_endpoint_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_share_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is shared, and how")
-    group.add_argument("--shared-dir", type=_path, required=True, metavar="DIR", help="the directory to serve")
+    group.add_argument("--shared-dir", type=path_bytes, required=True, metavar="DIR", help="the directory to serve")
     group.add_argument("--readonly", action="store_true", help="refuse everything that would change the share")
     group.add_argument(
         "--cache",
@@ -171,7 +125,7 @@ def _add_feature_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--xattr", action=argparse.BooleanOptionalAction, default=None, help="extended attributes (default: off)")
     group.add_argument(
         "--xattrmap",
-        type=_xattrmap,
+        type=xattrmap,
         metavar="RULES",
         help="keep the guest's extended attributes under other names, by these rules; implies --xattr",
     )
@@ -217,7 +171,7 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
     for kind in ("uid", "gid"):
         group.add_argument(
             f"--{kind}-map",
-            type=_id_range,
+            type=id_range,
             action="append",
             default=[],
             metavar=":INSIDE:OUTSIDE:COUNT:",
@@ -232,7 +186,7 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--modcaps",
-        type=_modcaps,
+        type=modcaps,
         default=(),
         metavar="-CAP:+CAP",
         help="take these capabilities from the broker, or give it more, as in -mknod:-setfcap (default: what docs/threat-model.md lists)",
@@ -249,10 +203,14 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--rlimit-nofile",
-        type=_bounded_int(0, 2**63 - 1),
+        type=bounded_int(0, 2**63 - 1),
         metavar="N",
         help="limit of open files; 0 leaves it alone (default: 1000000, or what the system allows)",
     )
+    group.add_argument(
+        "--spare-workers", type=bounded_int(0, MAX_SPARE_WORKERS), default=0, metavar="N",
+        help="worker processes kept ready to take a dead one's place: the guest's pause is shorter (default: 0)",
+    )  # fmt: skip
     group.add_argument("--log-level", choices=tuple(LEVELS), default="info", help="what is logged to stderr (default: info)")
     group.add_argument("--syslog", action="store_true", help="log to the system's log and not to stderr")
     group.add_argument(
@@ -261,11 +219,11 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
         help="make things fail by the rules in this TOML file, to test a guest (docs/faults.md); never for production",
     )
     group.add_argument(
-        "--fault-socket", type=_path, metavar="PATH",
+        "--fault-socket", type=path_bytes, metavar="PATH",
         help="where vfsdctl fault connects to; turns fault injection on too (default: with --fault-rules, in a directory beside the socket)",
     )  # fmt: skip
     group.add_argument(
-        "--thread-pool-size", type=_bounded_int(0, 2**31), metavar="N", help="without effect: see --num-request-queues (others have it)"
+        "--thread-pool-size", type=bounded_int(0, 2**31), metavar="N", help="without effect: see --num-request-queues (others have it)"
     )
     group.add_argument(
         "-o", metavar="OPTION[,OPTION...]", help="options as older versions wrote them, also -d for debug and -f (deprecated)"
@@ -303,6 +261,8 @@ def parse_options(argv: Sequence[str], given: Given = NOTHING_GIVEN) -> Options:
         fd=fd,
         fd_from=fd_from,
         tag=found.tag,
+        keep_listening=found.keep_listening,
+        spare_workers=found.spare_workers,
         cache=found.cache,
         sandbox=found.sandbox,
         seccomp=found.seccomp,
@@ -372,7 +332,7 @@ def run(argv: Sequence[str]) -> int:
     options = parse_options(argv, given)
     log = _make_log(options, given)
     try:
-        from vfsd.supervisor import serve  # noqa: PLC0415  # --help and --version need neither libseccomp nor python-prctl
+        from vfsd.serve import serve  # noqa: PLC0415  # --help and --version need neither libseccomp nor python-prctl
 
         return serve(options, log, given)
     except ConfigError as error:

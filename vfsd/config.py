@@ -26,6 +26,7 @@ HandleMode = Literal["never", "prefer", "mandatory"]
 
 MAX_TAG_BYTES = 36  # virtio 1.2, 5.11.4: the tag field of the configuration space
 MAX_REQUEST_QUEUES = 64
+MAX_SPARE_WORKERS = 8
 DEFAULT_NOFILE = 1_000_000
 
 
@@ -54,6 +55,8 @@ class Options:
     socket_group: str | None
     fd: int | None
     fd_from: str = ""  # what gave us that number, where it was not --fd
+    keep_listening: bool = False
+    spare_workers: int = 0
     tag: bytes | None
     cache: CacheMode
     sandbox: SandboxMode
@@ -119,11 +122,12 @@ class BrokerConfig(RoleConfig):
 class ControlConfig(RoleConfig):
     tag: bytes | None
     request_queues: int
+    keep_listening: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig(RoleConfig):
-    index: int
+    index: int | None  # None: a spare one, which takes a dead one's place when it is introduced
     control_fd: int
     broker_fd: int
     cache: CacheMode

@@ -106,7 +106,7 @@ class FaultDesk:
         return self._memory.fileno()
 
     def _given(self, role: str, config: RoleConfig) -> bytes:
-        place = place_of_worker(config.index) if isinstance(config, WorkerConfig) else {"broker": BROKER, "control": CONTROL}[role]
+        place = place_of_worker(config.index or 0) if isinstance(config, WorkerConfig) else {"broker": BROKER, "control": CONTROL}[role]
         self._told.pop(place, None)  # it begins with all that holds
         return pack_given(
             Given(self._memory.fileno(), place, tuple(kept.as_given() for kept in self._kept.values() if kept.concerns(role)))

@@ -7,6 +7,7 @@ tests turn into an error). Imports nothing of vfsd.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import warnings
 from types import TracebackType
@@ -64,6 +65,14 @@ class OwnedFd:
         if self._fd != _CLOSED:
             warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
             self.close()
+
+
+def sealed_memfd(name: str, size_bytes: int) -> OwnedFd:
+    """A memfd of zeros that can neither grow nor shrink: who else holds it can neither fill memory through it nor take pages away."""
+    memfd = OwnedFd(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    os.ftruncate(memfd.fileno(), size_bytes)
+    fcntl.fcntl(memfd.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    return memfd
 
 
 class TempFd(OwnedFd):

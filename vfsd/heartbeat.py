@@ -45,8 +45,17 @@ class Heartbeat:
 
 def is_uninterruptible(pid: int) -> bool:
     """Whether a process's first thread, which is a worker's ring thread, waits in the kernel and cannot be killed."""
+    return _state(pid) == b"D"
+
+
+def is_half_dead(pid: int) -> bool:
+    """Whether a process's first thread has ended, and others perhaps cannot: the kernel calls it dead only when all have."""
+    return _state(pid) == b"Z"
+
+
+def _state(pid: int) -> bytes:
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
-        return False
-    return stat.rpartition(b")")[2].split()[:1] == [b"D"]
+        return b""
+    return stat.rpartition(b")")[2].split()[0]

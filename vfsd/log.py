@@ -129,6 +129,9 @@ class ChildLines:
         self._last = clock()
         self._suppressed = 0
 
+    def rename(self, role: str) -> None:
+        self._role = role
+
     def write(self, level: int, text: bytes) -> None:
         if level > self._log.level:
             return

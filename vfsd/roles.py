@@ -75,9 +75,10 @@ class Roles:
             log_level=self.options.log_level,
             tag=self.options.tag,
             request_queues=self.options.request_queues,
+            keep_listening=self.options.keep_listening,
         )
 
-    def worker(self, index: int, channel_fd: int, control_fd: int, broker_fd: int) -> WorkerConfig:
+    def worker(self, index: int | None, channel_fd: int, control_fd: int, broker_fd: int) -> WorkerConfig:
         return WorkerConfig(
             index=index,
             channel_fd=channel_fd,

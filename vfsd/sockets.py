@@ -11,6 +11,7 @@ import grp
 import os
 import socket
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -153,6 +154,23 @@ def _is_connected(sock: socket.socket) -> bool:
     except OSError:
         return False
     return True
+
+
+def peer_name(fd: int) -> str:
+    """Who connected, by what the kernel noted then; a process outside of our pid namespace has no number here."""
+    credentials = socket.socket(fileno=os.dup(fd))
+    with credentials:
+        pid = struct.unpack("3i", credentials.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    return f"process {pid}" if pid else "a process outside of this pid namespace"
+
+
+def packet_pair(send_bytes: int | None = None) -> tuple[OwnedFd, OwnedFd]:
+    """Two ends of a connection of packets."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in ends:
+        if send_bytes is not None:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
+    return OwnedFd(ends[0].detach()), OwnedFd(ends[1].detach())
 
 
 def _group_id(group: str) -> int:

@@ -10,41 +10,38 @@ Exit status: 0 when the frontend closed the connection or a signal (SIGTERM, SIG
 
 from __future__ import annotations
 
+import math
 import os
 import selectors
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
 from vfsd.channel import ChannelClosed
-from vfsd.children import Child, wait_for_deaths
-from vfsd.config import Options, RoleConfig
+from vfsd.children import CULPRIT_SECONDS, Child, find_killed, stop_all, wait_for_deaths
+from vfsd.config import RoleConfig
 from vfsd.deaths import Deaths
 from vfsd.errors import ChildBreach
-from vfsd.fds import OwnedFd
-from vfsd.filters import make_filters
-from vfsd.heartbeat import Heartbeat
-from vfsd.limits import set_nofile
-from vfsd.log import ERROR, WARNING, StderrLog, decode_text
+from vfsd.fds import OwnedFd, sealed_memfd
+from vfsd.heartbeat import Heartbeat, is_half_dead
+from vfsd.kernel_log import KernelLog
+from vfsd.log import ERROR, StderrLog, decode_text
 from vfsd.record import Record, Report
-from vfsd.roles import Roles, check_starter, make_roles, more_capabilities, resolve_share
-from vfsd.sandbox import landlock
+from vfsd.roles import Roles, more_capabilities
 from vfsd.sandbox.lockdown import lock_down
-from vfsd.sandbox.user_namespace import enter_user_namespace
-from vfsd.service_manager import Given, ServiceManager, connect_notify_socket
+from vfsd.service_manager import ServiceManager
 from vfsd.signals import catch_signals
-from vfsd.sockets import VhostSocket, adopt_socket, make_listener
+from vfsd.sockets import VhostSocket, peer_name
+from vfsd.spares import Spares, make_worker
 from vfsd.vigil import Vigil, late_to_start
 from vfsd.wire.channel import (
     BROKER_TO_SUPERVISOR,
     CONTROL_TO_SUPERVISOR,
-    WORKER_TO_SUPERVISOR,
     AddWorker,
     Alive,
     AreYouWell,
@@ -52,80 +49,31 @@ from vfsd.wire.channel import (
     ChannelMessage,
     Completed,
     Connection,
+    Counted,
     Failed,
     FrontendGone,
     IAmWell,
+    InflightGiven,
+    KillWorker,
     Log,
+    NeedInflight,
     NeedWorker,
     Ready,
-    Stop,
     Table,
 )
 from vfsd.wire.fault_channel import KillMe
+from vfsd.wire.inflight import TABLE_STRIDE_BYTES
 
 if TYPE_CHECKING:
     from vfsd.fault_desk import FaultDesk
 
 START_SECONDS = 30.0  # generous: a busy machine; a child that hangs must still end in a message
 LONGEST_START_SECONDS = 600.0  # where a service manager, which has a limit of its own, is told of readiness
-STOP_SECONDS = 0.3  # from Stop to SIGKILL; libvirt and systemd kill us some seconds after their SIGTERM
-KILL_SECONDS = 0.5  # then whatever is still there sits in an uninterruptible call of the host's kernel
-CULPRIT_SECONDS = 0.1  # peers of a child that crashed see their socket close before the kernel reports the crash
+LEAVE_SECONDS = 7.0  # a worker drains its rings for 5 s (worker.ring.DRAIN_SECONDS)
 MESSAGES_PER_TURN = 64  # of one child, before the others get their turn
 DRAIN_TURNS = 100  # more than a socket's buffer holds
-BROKER_SOCKET_BYTES = 1 << 20  # several packets of 128 KiB; the kernel caps it at net.core.wmem_max
 
-
-def serve(options: Options, log: StderrLog, given: Given) -> int:
-    """Everything from the parsed options to the exit status. Raises ConfigError for what the user can mend."""
-    check_starter(options)
-    options = replace(options, shared_dir=resolve_share(options))
-    nofile = set_nofile(options.rlimit_nofile)
-    if nofile.warning:
-        log.log(WARNING, nofile.warning)
-    if more := more_capabilities(options):
-        log.log(WARNING, f"--modcaps: the broker has more capabilities than it needs: {', '.join(more).lower()}")
-    if options.features.writeback and options.cache in ("never", "metadata"):
-        log.log(WARNING, f"--writeback: the guest has no cache to write back with --cache={options.cache}; leave one out")
-    if not landlock.abi_version():
-        log.log(WARNING, "this kernel has no Landlock: one of the layers that keep control and workers from files is missing")
-    filters = make_filters(options, log)
-    with (
-        OwnedFd(os.pidfd_open(os.getpid())) as pidfd,
-        closing(_make_endpoint(options)) as endpoint,
-        closing(_make_manager(given, log)) as manager,
-        ExitStack() as closed_later,
-    ):
-        faults = _make_faults(options, log, closed_later)
-        # The socket was made before: its group may not be known inside.
-        if options.sandbox == "namespace" and os.geteuid() != 0:
-            enter_user_namespace(options.uid_map, options.gid_map)
-        roles = make_roles(options, pidfd.fileno(), nofile.limit, filters)
-        return Supervisor(roles, endpoint, log, manager, faults).run()
-
-
-def _make_endpoint(options: Options) -> VhostSocket:
-    if options.fd is not None:
-        return adopt_socket(options.fd, options.fd_from)
-    return make_listener(options.socket_path or b"", options.socket_group)
-
-
-def _make_faults(options: Options, log: StderrLog, closed_later: ExitStack) -> FaultDesk | None:
-    """Nothing of it is in this process, or in any other, unless it is asked for."""
-    if options.fault_rules is None and options.fault_socket is None:
-        return None
-    from vfsd.fault_desk import FaultDesk  # noqa: PLC0415  # as above
-
-    return closed_later.enter_context(closing(FaultDesk(options, log)))
-
-
-def _make_manager(given: Given, log: StderrLog) -> ServiceManager:
-    """A manager that cannot be told will end us if it waits to be; one that does not wait (a variable left over) must not stop us."""
-    try:
-        return ServiceManager(connect_notify_socket(given.notify_socket), given.watchdog_seconds())
-    except (OSError, ValueError) as error:
-        log.log(WARNING, f"NOTIFY_SOCKET={given.notify_socket}: the service manager cannot be told of readiness: {error}")
-        return ServiceManager()
+_CONTROL = -1  # among workers' indexes
 
 
 class Supervisor:
@@ -144,14 +92,20 @@ class Supervisor:
         self._children: list[Child] = []
         self._workers: dict[int, Child] = {}
         self._deaths = Deaths()
+        self._leaving: set[Child] = set()  # workers whose control process died: they end by themselves
+        self._leave_until = 0.0
+        # A fault rule knows a worker by its number, which a spare one has not.
+        spares = roles.options.spare_workers if faults is None else 0
+        self._spares = Spares(partial(make_worker, self._spawn, roles, None), spares)
         self._status: int | None = None
         self._accepting = False
         self._record = Record(roles.options, more_capabilities(roles.options))
         self._vigil = Vigil(log)
+        self._kernel_log = KernelLog()
 
     def run(self) -> int:
         wake_read, wake_write = socket.socketpair()
-        with wake_read, wake_write, self._selector, self._record:
+        with wake_read, wake_write, self._selector, self._record, closing(self._kernel_log):
             restore = catch_signals(wake_write)
             try:
                 self._watch(wake_read.fileno(), partial(self._on_signal, wake_read))
@@ -160,7 +114,8 @@ class Supervisor:
                 self._start_children()
                 return self._loop()
             finally:
-                self._stop_children()
+                stop_all(self._children, self._log)
+                self._spares.close()
                 restore()
 
     # --- starting ------------------------------------------------------------------------------------------------------
@@ -174,18 +129,17 @@ class Supervisor:
         self._start_worker(0)
 
     def _start_worker(self, index: int) -> None:
-        broker_ours, broker_theirs = _packet_pair(BROKER_SOCKET_BYTES)
-        control_ours, control_theirs = _packet_pair()
-        with broker_ours, broker_theirs, control_ours, control_theirs:
-            give = (control_theirs.fileno(), broker_theirs.fileno())
-
-            def make_config(channel_fd: int) -> RoleConfig:
-                return self._roles.worker(index, channel_fd, *give)
-
-            self._workers[index] = self._spawn(f"worker {index}", "vfsd.worker", WORKER_TO_SUPERVISOR, make_config, give)
-            told = self._broker.send(AddWorker(index), [broker_ours]) and self._control.send(AddWorker(index), [control_ours])
+        worker = self._spares.take(index) or make_worker(self._spawn, self._roles, index)
+        if worker.child.ready:
+            worker.child.heartbeat = Heartbeat(time.monotonic())
+            self._record.rename(worker.child.pid, worker.child.role)
+        self._workers[index] = worker.child
+        with worker.broker_end, worker.control_end:
+            told = self._broker.send(AddWorker(index), [worker.broker_end]) and self._control.send(AddWorker(index), [worker.control_end])
         if not told and not self._look_for_deaths([self._broker, self._control]):
             self._end(1, f"worker {index} could not be introduced: broker or control do not read their channel")
+        elif self._accepting and self._status is None:
+            self._spares.keep()
 
     def _spawn(self, role: str, module: str, accepts: Table, make_config: Callable[[int], RoleConfig], give: tuple[int, ...] = ()) -> Child:
         if self._faults is not None:
@@ -213,7 +167,7 @@ class Supervisor:
 
     def _loop(self) -> int:
         while self._status is None:
-            sleep, managers = self._vigil.seconds(self._children), self._manager.seconds()
+            sleep, managers = self._vigil.seconds(self._children, hurry=bool(self._leaving)), self._manager.seconds()
             for key, _ in self._selector.select(timeout=sleep if managers is None else min(sleep, managers)):
                 key.data()
                 if self._status is not None:
@@ -221,10 +175,17 @@ class Supervisor:
             else:
                 self._watch_over_children(time.monotonic())
             self._manager.tick()
+            self._record.write_counts()
         return self._status or 0
 
     def _watch_over_children(self, now: float) -> None:
         self._vigil.watch(self._children, now)
+        if is_half_dead(self._broker.pid) and not wait_for_deaths([self._broker], CULPRIT_SECONDS):
+            self._end(1, f"broker (pid {self._broker.pid}) was killed, and cannot end: it waits in a call of the host's kernel")
+        if self._leaving and now > self._leave_until:
+            self._leave_until = math.inf
+            for child in self._leaving:
+                self._vigil.kill(child, "does not let go of the frontend's memory")
         seconds = LONGEST_START_SECONDS if self._manager.told and not self._accepting else START_SECONDS
         late = late_to_start(self._children, now, seconds)
         if late and not self._accepting:
@@ -244,7 +205,7 @@ class Supervisor:
         child.ready = True
         if child in self._workers.values():
             child.heartbeat = Heartbeat(time.monotonic())
-        if not self._accepting and all(each.ready for each in self._children):
+        if not self._accepting and not self._leaving and all(each.ready for each in self._children):
             self._accepting = True
             self._manager.ready(f"Waiting for a frontend, to serve {self._share}", lambda: self._broker.send(AreYouWell()))
             self._open_for_business()
@@ -252,6 +213,7 @@ class Supervisor:
             self._manager.status(f"Starting: {', '.join(each.role for each in self._children if not each.ready)}")
 
     def _open_for_business(self) -> None:
+        self._spares.keep()
         if self._endpoint.listening:
             # Kata's runtime-rs reads our stderr until this very text appears.
             self._log.info("Waiting for vhost-user socket connection...")
@@ -260,20 +222,23 @@ class Supervisor:
             self._hand_over(OwnedFd(self._endpoint.socket.detach()))
 
     def _on_connect(self) -> None:
+        if not self._accepting:
+            return  # control died in this very turn: it waits for the next one
         try:
             connection, _ = self._endpoint.socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return  # it left again, or went to another process that holds the socket of --fd
-        # One frontend per vfsd: a second one is refused by the kernel, not left waiting.
         self._selector.unregister(self._endpoint.socket)
-        self._endpoint.socket.close()
+        if not self._roles.options.keep_listening:
+            # One frontend per vfsd: a second one is refused by the kernel, not left waiting.
+            self._endpoint.socket.close()
         self._hand_over(OwnedFd(connection.detach()))
 
     def _hand_over(self, connection: OwnedFd) -> None:
         with connection:
             if self._control.send(Connection(), [connection]):
                 self._log.info("Client connected, servicing requests")
-                self._manager.status(f"Serving {self._share} to {_peer(connection.fileno())}")
+                self._manager.status(f"Serving {self._share} to {peer_name(connection.fileno())}")
             else:
                 self._end(1, "the connection could not be handed to control: it does not read its channel")
 
@@ -294,28 +259,40 @@ class Supervisor:
         except ChildBreach as error:
             self._end(1, f"{child.role} broke the protocol of its supervisor channel: {error}")
 
-    def _on_message(self, child: Child, message: ChannelMessage) -> None:  # noqa: C901  # one case a message
+    def _on_message(self, child: Child, message: ChannelMessage) -> None:  # one case a message
         match message:
             case Log(level, text):
                 child.lines.write(level, text)
             case Ready():
                 self._on_ready(child, message)
             case Completed():
-                child.completed = True
+                child.completed = self._control.completed = True
+            case Counted(replayed, refused, undecided):
+                self._record.count(replayed=replayed, refused=refused, undecided=undecided)
             case Alive() if child.heartbeat is not None:
                 child.heartbeat.answered(time.monotonic())
             case Failed(text):
                 self._end(1, f"{child.role} {'cannot go on' if child.ready else 'could not start'}: {decode_text(text)}")
-            case NeedWorker(index):
-                self._on_need_worker(index)
-            case FrontendGone(text, clean):
-                self._on_frontend_gone(decode_text(text), clean)
             case IAmWell():
                 self._manager.healthy()
             case KillMe():
                 child.kill()
             case Breach(index, text):
                 self._end(1, f"worker {index} broke the broker's protocol: {decode_text(text)}")
+            case _:
+                self._on_wish(message)
+
+    def _on_wish(self, message: ChannelMessage) -> None:
+        """What control wants."""
+        match message:
+            case NeedWorker(index):
+                self._on_need_worker(index)
+            case KillWorker(index, text) if index in self._workers:
+                self._vigil.kill(self._workers[index], f"does not let go ({decode_text(text)})")
+            case NeedInflight(queues):
+                self._on_need_inflight(queues)
+            case FrontendGone(text, clean):
+                self._on_frontend_gone(decode_text(text), clean)
 
     def _on_need_worker(self, index: int) -> None:
         if index in self._workers or not 0 < index < self._roles.options.request_queues:
@@ -323,8 +300,21 @@ class Supervisor:
         else:
             self._start_worker(index)
 
+    def _on_need_inflight(self, queues: int) -> None:
+        if not 0 < queues <= self._roles.options.request_queues + 1:
+            self._end(1, f"control asked for in-flight tables of {queues} queues")
+            return
+        with sealed_memfd("vfsd-inflight", queues * TABLE_STRIDE_BYTES) as memory:
+            self._control.send(InflightGiven(), [memory])
+
     def _on_frontend_gone(self, text: str, clean: bool) -> None:
-        if clean:
+        if self._roles.options.keep_listening:
+            if clean:
+                self._log.info("Client disconnected" + (f" ({text})" if text else ""))
+            else:
+                self._log.error(f"the frontend's connection was closed: {text}")
+            self._open_for_business()
+        elif clean:
             self._log.info("Client disconnected, shutting down" + (f" ({text})" if text else ""))
             self._end(0)
         else:
@@ -341,12 +331,24 @@ class Supervisor:
                 self._log.log(ERROR, last_line)
 
     def _on_death(self, child: Child) -> None:
-        """A worker that died while the device serves is replaced, unless too many died. Any other death is the end."""
+        """A worker that died while the device serves is replaced, unless too many died; so is control with --keep-listening.
+
+        Any other death is the end.
+        """
         if child not in self._children:
             return
-        culprit, how = child, child.reap()
+        if child in self._leaving:
+            self._log.debug(f"{child.role} (pid {child.pid}) {child.reap()}")
+            self._discard(child)
+            self._come_back()
+            return
+        if self._spares.lose(child):
+            self._log.warning(f"{child.role} (pid {child.pid}) {child.reap(self._kernel_log)}")
+            self._discard(child)
+            return
+        culprit, how = child, child.reap(self._kernel_log)
         if not how.startswith("was killed"):
-            culprit, how = self._find_killed(child, how)
+            culprit, how = find_killed(child, how, self._children, (self._broker, self._control), self._kernel_log)
         self._drain(culprit)
         for line in culprit.last_words()[:-1]:
             culprit.lines.write(ERROR, line.encode())
@@ -354,20 +356,50 @@ class Supervisor:
         when = "" if culprit.ready else " before it was ready"
         what = f"{culprit.role} (pid {culprit.pid}) {how}{when}{words}"
         index = next((index for index, worker in self._workers.items() if worker is culprit), None)
+        if culprit is self._control and self._roles.options.keep_listening:
+            index = _CONTROL
         if index is None or not self._accepting or self._status is not None:
             self._end(1, what)
         elif reason := self._deaths.too_many(index, culprit.returncode, completed=culprit.completed, now=time.monotonic()):
             self._end(1, f"{what}; it is not replaced: {reason}")
         else:
+            self._replace(index, culprit, what)
+
+    def _replace(self, index: int, culprit: Child, what: str) -> None:
+        self._discard(culprit)
+        if index == _CONTROL:
+            self._record.count(control_deaths=1)
+            self._log.warning(f"{what}; the frontend is disconnected, and may connect again when another one has taken its place")
+            self._leave()
+        else:
+            self._record.count(worker_deaths=1)
             self._log.warning(f"{what}; another one takes its place")
-            self._discard(culprit)
             self._start_worker(index)
+
+    def _leave(self) -> None:
+        """Control is dead: workers complete what they have taken and end, for nobody could tell them of another frontend."""
+        self._accepting = False
+        if self._endpoint.socket in self._selector.get_map():
+            self._selector.unregister(self._endpoint.socket)
+        self._leaving = set(self._workers.values())
+        self._workers.clear()
+        self._leave_until = time.monotonic() + LEAVE_SECONDS
+        for child in self._leaving:
+            child.heartbeat = None
+        self._come_back()
+
+    def _come_back(self) -> None:
+        """Start control again when nothing is left that knows the frontend before. What the guest has open is the broker's, and stays."""
+        if not self._leaving:
+            self._control = self._spawn("control", "vfsd.worker.control", CONTROL_TO_SUPERVISOR, self._roles.control)
+            self._start_worker(0)
 
     def _discard(self, child: Child) -> None:
         for fd in (child.pidfd.fileno(), child.channel.fileno()):
             if fd in self._selector.get_map():
                 self._selector.unregister(fd)
         self._children.remove(child)
+        self._leaving.discard(child)
         self._record.leave(child.pid)
         child.close()
 
@@ -384,45 +416,3 @@ class Supervisor:
             if child.channel.fileno() not in self._selector.get_map():
                 return
             self._on_channel(child)
-
-    def _find_killed(self, child: Child, how: str) -> tuple[Child, str]:
-        """A child that ended by itself has often only lost a peer: prefer to blame one that a signal killed meanwhile.
-
-        Broker and control are to blame however they ended: a worker cannot go on without them.
-        """
-        for other in wait_for_deaths([each for each in self._children if each is not child], CULPRIT_SECONDS, enough=1):
-            others_end = other.reap()
-            if others_end.startswith("was killed") or other in (self._broker, self._control):
-                return other, others_end
-        return child, how
-
-    def _stop_children(self) -> None:
-        for child in self._children:
-            child.send(Stop())
-        dead = wait_for_deaths(self._children, STOP_SECONDS)
-        left = [child for child in self._children if child not in dead]
-        for child in left:
-            child.kill()
-        dead += wait_for_deaths(left, KILL_SECONDS)
-        for child in self._children:
-            if child in dead:
-                child.reap()
-            else:
-                self._log.warning(f"{child.role} (pid {child.pid}) does not die: it waits in a call of the host's kernel")
-            child.close()
-
-
-def _peer(fd: int) -> str:
-    """Who connected, by what the kernel noted then; a process outside of our pid namespace has no number here."""
-    credentials = socket.socket(fileno=os.dup(fd))
-    with credentials:
-        pid = struct.unpack("3i", credentials.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-    return f"process {pid}" if pid else "a process outside of this pid namespace"
-
-
-def _packet_pair(send_bytes: int | None = None) -> tuple[OwnedFd, OwnedFd]:
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    for end in ends:
-        if send_bytes is not None:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
-    return OwnedFd(ends[0].detach()), OwnedFd(ends[1].detach())

@@ -19,9 +19,9 @@ class Vigil:
         self._log = log
         self._watched_at = time.monotonic()
 
-    def seconds(self, children: list[Child]) -> float:
-        """How long to sleep at most: longer while all is well."""
-        waiting = any(not child.ready or (child.heartbeat is not None and child.heartbeat.is_asked) for child in children)
+    def seconds(self, children: list[Child], *, hurry: bool = False) -> float:
+        """How long to sleep at most: longer while all is well, and there is no hurry."""
+        waiting = hurry or any(not child.ready or (child.heartbeat is not None and child.heartbeat.is_asked) for child in children)
         return TICK_SECONDS if waiting else ASK_SECONDS
 
     def watch(self, children: list[Child], now: float) -> None:

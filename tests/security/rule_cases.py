@@ -129,7 +129,7 @@ WORKER = [
     case(("getdents64", Fd.DIRECTORY, "buf:entries", PAGE)),
     case(("copy_file_range", Fd.FILE, 0, Fd.OTHER_FILE, 0, 0, 0), gives=0),
 ]
-CONTROL = [SEND]
+CONTROL = [SEND, case(("fcntl", Fd.MEMFD, fcntl.F_GET_SEALS))]
 BROKER = [
     case(("openat", Fd.DIRECTORY, "text:file", os.O_RDONLY | os.O_CLOEXEC, 0)),
     case(

@@ -61,6 +61,7 @@ class Loop:
         self.rings: dict[int, Ring] = {}
         self.answers: list[Any] = []
         self.seq = 0
+        self.gone = False  # control: nobody is asked any more
         self.raised: Exception | None = None
         self.broker.ask(broker_messages.Hello(broker_messages.PROTOCOL_VERSION), self)
         self.broker.flush()
@@ -89,13 +90,13 @@ class Loop:
                 ring.collect()
             if condition():
                 return
-            watched = [self.control.fileno(), *[ring.call_fd for ring in self.rings.values()]]
+            watched = [*([] if self.gone else [self.control.fileno()]), *[ring.call_fd for ring in self.rings.values()]]
             if self.pumping:
                 watched.append(self.bench._epoll.fileno())
             select.select(watched, [], [], 0.5)
             if self.pumping:
                 self.bench.pump()
-            received = self.control.receive()
+            received = None if self.gone else self.control.receive()
             if received is not None:
                 self.answers.append(received.message)
             for ring in self.rings.values():

@@ -47,7 +47,8 @@ class _File:
 class HangingFs:
     """Mounted at once. Use as a context manager, or call close()."""
 
-    def __init__(self, mountpoint: Path, files: Mapping[bytes, bytes]) -> None:
+    def __init__(self, mountpoint: Path, files: Mapping[bytes, bytes], *, flush: bool = True) -> None:
+        """Without `flush` a process that has a file open can end though nobody answers."""
         self.mountpoint = mountpoint
         self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         self._connected = True
@@ -70,6 +71,8 @@ class HangingFs:
             abi.FUSE_READDIR: self._readdir,
             abi.FUSE_STATFS: lambda _request: abi.fuse_statfs_out.pack(1000, 500, 500, 1000, 500, 4096, 255, 4096),
         } | dict.fromkeys((abi.FUSE_FLUSH, abi.FUSE_FSYNC, abi.FUSE_RELEASE, abi.FUSE_RELEASEDIR, abi.FUSE_DESTROY), lambda _request: b"")
+        if not flush:
+            del self._handlers[abi.FUSE_FLUSH]
         self._thread = threading.Thread(target=self._serve, name="hanging-fs", daemon=True)
         self._mount()
         self._thread.start()  # not before: what is not mounted cannot be read
@@ -108,6 +111,21 @@ class HangingFs:
             held, self._held = self._held, []
         for request in held:
             self._answer(request)
+
+    def stop_reading(self) -> None:
+        """From now on requests are not even taken: who waits for one of these can be killed, as with a dead NFS server."""
+        os.eventfd_write(self._stop_fd, 1)
+        self._thread.join(PATIENCE_SECONDS)
+        os.eventfd_read(self._stop_fd)
+
+    def wait_unread(self) -> None:
+        """Until a request is there that nobody takes."""
+        if not select.select([self._fd], [], [], PATIENCE_SECONDS)[0]:
+            raise AssertionError("no request came")
+
+    def read_again(self) -> None:
+        self._thread = threading.Thread(target=self._serve, name="hanging-fs", daemon=True)
+        self._thread.start()
 
     def data(self, name: bytes) -> bytes:
         return next(bytes(file.data) for file in self._files.values() if file.name == name)

@@ -13,7 +13,7 @@ import pytest
 
 from vfsd.channel import Channel, ChannelClosed, close_all
 from vfsd.config import ControlConfig
-from vfsd.fds import OwnedFd
+from vfsd.fds import OwnedFd, sealed_memfd
 from vfsd.log import DEBUG, ChildLog
 from vfsd.sandbox.lockdown import Confinement
 from vfsd.wire import vhost_user as vu
@@ -25,10 +25,13 @@ from vfsd.wire.channel import (
     Connection,
     Done,
     FrontendGone,
+    InflightGiven,
+    KillWorker,
     Log,
     MemoryAdd,
     MemoryClear,
     MemoryRemove,
+    NeedInflight,
     NeedWorker,
     Refused,
     RingBroken,
@@ -37,10 +40,12 @@ from vfsd.wire.channel import (
     RingStop,
     Stop,
 )
-from vfsd.worker import worker_links
-from vfsd.worker.control import Control, worker_of
+from vfsd.wire.inflight import TABLE_STRIDE_BYTES
+from vfsd.worker import worker_links, workers
+from vfsd.worker.control import Control
 from vfsd.worker.device import FEATURES
 from vfsd.worker.inflight_memory import InflightMemory
+from vfsd.worker.workers import worker_of
 
 UVA, SIZE = 0x7F0000000000, 0x100000
 NEED_REPLY = vu.VHOST_USER_NEED_REPLY_MASK
@@ -56,12 +61,13 @@ def packet_pair():
 class World:
     """A Control in a thread, and everybody around it."""
 
-    def __init__(self, request_queues=3):
+    def __init__(self, request_queues=3, *, keep_listening=False):
         ours, theirs = packet_pair()
         self.supervisor = Channel(ours, CONTROL_TO_SUPERVISOR)
         self._control_channel = Channel(theirs, SUPERVISOR_TO_CHILD)
         config = ControlConfig(
-            channel_fd=0, supervisor_pidfd=0, confinement=CONFINEMENT, sandbox="none", log_level=DEBUG, tag=None, request_queues=request_queues
+            channel_fd=0, supervisor_pidfd=0, confinement=CONFINEMENT, sandbox="none", log_level=DEBUG, tag=None,
+            request_queues=request_queues, keep_listening=keep_listening,
         )  # fmt: skip
         self._control = Control(config, self._control_channel, ChildLog(self._control_channel, DEBUG), InflightMemory(request_queues + 1))
         self.error = None
@@ -69,11 +75,16 @@ class World:
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
         self.workers = {}
+        self.frontend = socket.socket()
+        self.add_worker(0)
+        self.connect()
+
+    def connect(self):
+        self.frontend.close()
         self.frontend, backend = socket.socketpair()
         self.frontend.settimeout(5)
-        self.add_worker(0)
-        self.supervisor.send(Connection(), [owned := OwnedFd(backend.detach())])
-        owned.close()
+        with OwnedFd(backend.detach()) as owned:
+            self.supervisor.send(Connection(), [owned])
 
     def _run(self):
         try:
@@ -84,6 +95,8 @@ class World:
             self._control_channel.close()
 
     def add_worker(self, index):
+        if index in self.workers:
+            self.workers[index].close()
         ours, theirs = packet_pair()
         self.workers[index] = Channel(ours, CONTROL_TO_WORKER)
         with OwnedFd(theirs.detach()) as end:
@@ -413,6 +426,123 @@ def test_a_ring_that_the_successor_refuses_is_broken_and_the_connection_lives(wo
     assert world.reply() == (vu.VHOST_USER_GET_QUEUE_NUM, struct.pack("<Q", 4))
     world.heard(seconds=0.2)
     assert "queue 1 is stopped, the guest's driver broke it: used.idx jumped" in world.logs
+
+
+def ask_for_base(world):
+    world.tell(vu.VHOST_USER_GET_VRING_BASE, struct.pack("<II", 1, 0))
+
+
+BASE_41 = (vu.VHOST_USER_GET_VRING_BASE, struct.pack("<II", 1, 41))
+
+
+def test_a_worker_that_cannot_let_go_is_killed_and_its_successor_gives_up_what_hung(world):
+    start = serving(world)
+    ask_for_base(world)
+    world.workers[0].send(Refused(world.asked(0).seq, b"2 requests hang"))
+    assert world.heard() == KillWorker(0, b"2 requests hang")
+    assert not select.select([world.frontend], [], [], 0.1)[0], "it is not answered before the worker is dead"
+    world.add_worker(0)
+    restored(world, start=replace(start, give_up=True))
+    assert world.answers(0, 41) == RingStop(4, 1)
+    assert world.reply() == BASE_41
+
+
+def test_a_worker_that_is_silent_is_killed(world, monkeypatch):
+    monkeypatch.setattr(workers, "STOP_SECONDS", 0.2)
+    start = serving(world)
+    ask_for_base(world)
+    world.asked(0)
+    assert world.heard() == KillWorker(0, b"worker 0 did not answer RingStop in time")
+    monkeypatch.undo()
+    world.add_worker(0)
+    restored(world, start=replace(start, give_up=True))
+    world.answers(0, 41)
+    assert world.reply() == BASE_41
+
+
+def test_a_worker_that_does_not_die_ends_the_connection(world, monkeypatch):
+    monkeypatch.setattr(worker_links, "REPLACED_SECONDS", 0.2)
+    serving(world)
+    ask_for_base(world)
+    world.workers[0].send(Refused(world.asked(0).seq, b"hangs"))
+    assert isinstance(world.heard(), KillWorker)
+    gone = world.heard()
+    assert (gone.text, gone.clean) == (b"worker 0 was killed, and does not die", False)
+
+
+def test_a_successor_that_cannot_let_go_either_ends_the_connection(world):
+    serving(world)
+    ask_for_base(world)
+    world.workers[0].send(Refused(world.asked(0).seq, b"hangs"))
+    world.heard()
+    world.add_worker(0)
+    for _ in range(3):
+        world.answers(0)
+    world.workers[0].send(Refused(world.asked(0).seq, b"hangs again"))
+    assert b"could not be drained: hangs again" in world.heard().text
+
+
+@pytest.fixture
+def kept():
+    world = World(keep_listening=True)
+    yield world
+    world.close()
+
+
+def test_of_a_frontend_that_is_gone_no_ring_and_no_memory_is_left_and_another_may_come(kept):
+    for _ in range(2):
+        serving(kept)
+        kept.frontend.close()
+        assert kept.answers(0, 7) == RingStop(3, 1)
+        assert kept.answers(0) == MemoryClear(4)
+        assert kept.heard() == FrontendGone(b"", True)
+        kept.workers[0].close()
+        kept.add_worker(0)
+        kept.connect()
+
+
+def test_a_worker_that_keeps_a_frontends_memory_is_replaced_before_another_one_is_served(kept):
+    serving(kept)
+    kept.frontend.close()
+    kept.answers(0, 7)
+    kept.workers[0].send(Refused(kept.asked(0).seq, b"still in use"))
+    assert kept.heard() == KillWorker(0, b"still in use")
+    assert kept.heard() == FrontendGone(b"", True)
+    kept.add_worker(0)
+    kept.connect()
+    serving(kept)
+
+
+def adopt_tables(world, queues):
+    """GET_INFLIGHT_FD and SET_INFLIGHT_FD of the same memory, as a frontend does; its descriptor."""
+    world.tell(vu.VHOST_USER_GET_INFLIGHT_FD, struct.pack("<QQHH4x", 0, 0, queues, 128))
+    assert world.heard() == NeedInflight(queues)
+    with sealed_memfd("tables", queues * TABLE_STRIDE_BYTES) as memory:
+        world.supervisor.send(InflightGiven(), [memory])
+    reply, (fd,), _, _ = socket.recv_fds(world.frontend, 36, 1)
+    world.tell(vu.VHOST_USER_SET_INFLIGHT_FD, reply[12:], [fd])
+    return fd
+
+
+def test_the_frontends_tables_are_adopted_at_the_first_start_only_and_by_successors_of_that(world):
+    os.close(adopt_tables(world, 2))
+    start = serving(world)
+    assert (start.adopted, start.table_offset) == (True, TABLE_STRIDE_BYTES)
+    world.workers[0].close()
+    world.add_worker(0)
+    restored(world, start=start)
+    world.tell(vu.VHOST_USER_SET_VRING_ENABLE, struct.pack("<II", 1, 0))
+    world.answers(0, 9)
+    world.tell(vu.VHOST_USER_SET_VRING_ENABLE, struct.pack("<II", 1, 1), [], NEED_REPLY)
+    again = world.answers(0)
+    assert (again.adopted, again.table_offset) == (False, TABLE_STRIDE_BYTES)
+    world.reply()
+
+
+def test_a_queue_without_a_table_of_the_frontends_has_one_of_vfsds_own(world):
+    os.close(adopt_tables(world, 1))
+    start = serving(world)
+    assert (start.adopted, start.table_offset) == (False, 0)
 
 
 def test_a_ring_that_begins_anew_has_another_number(world):

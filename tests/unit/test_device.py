@@ -13,13 +13,19 @@ from vfsd.errors import FrontendBreach
 from vfsd.fds import OwnedFd
 from vfsd.log import Logger
 from vfsd.wire import vhost_user as vu
+from vfsd.wire.inflight import TABLE_STRIDE_BYTES
 from vfsd.worker.device import FEATURES, Device
 from vfsd.worker.memory_table import MemoryTable
 from vfsd.worker.worker_links import WorkerRefused
+from vfsd.worker.worker_port import FdReply
 
 NEED_REPLY = vu.VHOST_USER_NEED_REPLY_MASK
 OK, REFUSED = 0, 1
 RAM = vu.MemoryRegion(0, 0x100000, 0x7F0000000000, 0)
+
+
+def inflight(queues, size=0):
+    return struct.pack("<QQHH", size, 0, queues, 128)
 
 
 class Notes(Logger):
@@ -75,6 +81,14 @@ class FakeWorkers:
     def replace_err(self, queue_index, fd):
         self._note("err", queue_index, fd is not None)
 
+    def inflight_memory(self, queues):
+        self._note("inflight", queues)
+        return OwnedFd(os.eventfd(0))
+
+    def adopt_inflight(self, fd, offset, size_bytes, queues):
+        fd.close()
+        self._note("adopt", offset, size_bytes, queues)
+
     def take(self, *names):
         """The calls so far of these kinds (default: all but need), forgotten afterwards."""
         calls = [call for call in self.calls if (call[0] in names if names else call[0] != "need")]
@@ -101,6 +115,9 @@ class Frontend:
         reply = self.device.handle(vu.Message(request, vu.VHOST_USER_VERSION | flags, payload), list(fds))
         if reply is None:
             return None
+        if isinstance(reply, FdReply):
+            reply.fd.close()
+            reply = reply.data
         answered, reply_flags, size = vu.HEADER.unpack_from(reply)
         assert (answered, reply_flags, size) == (request, vu.VHOST_USER_VERSION | vu.VHOST_USER_REPLY_MASK, len(reply) - 12)
         return struct.unpack("<Q", reply[12:])[0] if size == 8 and request != vu.VHOST_USER_GET_VRING_BASE else reply[12:]
@@ -168,7 +185,7 @@ def running(frontend):
 
 def test_what_is_offered(frontend):
     assert frontend.tell(vu.VHOST_USER_GET_FEATURES) == 1 << 32 | 1 << 28 | 1 << 29 | 1 << 30
-    assert frontend.tell(vu.VHOST_USER_GET_PROTOCOL_FEATURES) == 1 << 0 | 1 << 3 | 1 << 5 | 1 << 13 | 1 << 15
+    assert frontend.tell(vu.VHOST_USER_GET_PROTOCOL_FEATURES) == 1 << 0 | 1 << 3 | 1 << 5 | 1 << 12 | 1 << 13 | 1 << 15
     assert frontend.tell(vu.VHOST_USER_GET_QUEUE_NUM) == 3
     assert frontend.tell(vu.VHOST_USER_GET_MAX_MEM_SLOTS) == 509
 
@@ -438,6 +455,11 @@ def test_a_broken_ring_is_logged_and_stops_alone(running):
         (lambda f: f.tell(vu.VHOST_USER_ADD_MEM_REG, bytes(40), [f.fd()]), "VHOST_USER_ADD_MEM_REG: empty"),
         (lambda f: f.tell(vu.VHOST_USER_SET_VRING_KICK, struct.pack("<Q", 1)), "VHOST_USER_SET_VRING_KICK: 0 descriptors"),
         (lambda f: f.tell(vu.VHOST_USER_SET_VRING_CALL, struct.pack("<Q", 0x101), [f.fd()]), "VHOST_USER_SET_VRING_CALL: 1 descriptors"),
+        (lambda f: f.tell(vu.VHOST_USER_GET_INFLIGHT_FD, bytes(21)), "VHOST_USER_GET_INFLIGHT_FD: payload of 21 bytes"),
+        (lambda f: f.tell(vu.VHOST_USER_GET_INFLIGHT_FD, inflight(0)), "VHOST_USER_GET_INFLIGHT_FD: in-flight tables of 0 queues"),
+        (lambda f: f.tell(vu.VHOST_USER_GET_INFLIGHT_FD, inflight(4)), "in-flight tables of 4 queues, there are 3"),
+        (lambda f: f.tell(vu.VHOST_USER_SET_INFLIGHT_FD, inflight(1)), "VHOST_USER_SET_INFLIGHT_FD: 0 descriptors"),
+        (lambda f: f.tell(vu.VHOST_USER_SET_INFLIGHT_FD, inflight(1, size=2**64 - 1), [f.fd()]), "of a file"),
         (lambda f: f.num(3), "VHOST_USER_SET_VRING_NUM: there is no queue 3"),
         (lambda f: f.num(2**32 - 1), "there is no queue 4294967295"),
         (lambda f: f.num(1, 100), "VHOST_USER_SET_VRING_NUM: a size of 100"),
@@ -455,6 +477,19 @@ def test_a_breach_names_message_and_reason(frontend, breach, text):
     assert text in str(error.value)
 
 
+@pytest.mark.parametrize("padding", [0, 4])
+def test_in_flight_tables_are_given_and_taken_back(frontend, padding):
+    reply = frontend.tell(vu.VHOST_USER_GET_INFLIGHT_FD, inflight(3) + bytes(padding))
+    assert reply == inflight(3, size=3 * TABLE_STRIDE_BYTES) + bytes(padding)
+    assert frontend.tell(vu.VHOST_USER_SET_INFLIGHT_FD, reply, [frontend.fd()]) is None
+    assert frontend.workers.take() == [("inflight", 3), ("adopt", 0, 3 * TABLE_STRIDE_BYTES, 3)]
+
+
+def test_other_in_flight_tables_while_rings_run_are_a_breach(running):
+    with pytest.raises(FrontendBreach, match="while rings run"):
+        running.tell(vu.VHOST_USER_SET_INFLIGHT_FD, inflight(1), [running.fd()])
+
+
 def test_another_event_idx_while_rings_run_is_a_breach(running):
     with pytest.raises(FrontendBreach, match="EVENT_IDX"):
         running.features(FEATURES & ~(1 << 29))
@@ -467,6 +502,7 @@ _PAYLOADS = st.one_of(
     st.tuples(st.integers(0, 4), st.integers(0, 300)).map(lambda pair: struct.pack("<II", *pair)),
     st.tuples(st.integers(0, 3), st.booleans()).map(lambda pair: struct.pack("<Q", pair[0] | (0x100 if pair[1] else 0))),
     st.sampled_from([RAM, RAM._replace(gpa=2**63)]).map(lambda region: bytes(8) + struct.pack("<QQQQ", *region)),
+    st.integers(0, 5).map(inflight),
     st.sampled_from([FEATURES, 1 << 3, 0]).map(lambda number: struct.pack("<Q", number)),
 )
 

@@ -260,4 +260,21 @@ def test_a_peer_that_is_gone_ends_the_loop(loop, who):
         getattr(loop, who).close()
     loop.thread.join(PATIENCE)
     assert not loop.thread.is_alive()
-    assert isinstance(loop.raised, BrokerGone if who == "broker" else ChannelClosed)
+    assert isinstance(loop.raised, {"supervisor": ChannelClosed, "control": type(None), "broker": BrokerGone}[who])
+
+
+def test_when_control_is_gone_what_was_taken_is_completed_and_nothing_more(loop, ring):
+    loop.pumping = False
+    taken = ring.submit(STATFS, 4096)
+    ring.kick()
+    loop.until(lambda: loop.fs.broker._sent > loop.fs.broker._consumed)
+    loop.control.close()
+    loop.gone = True
+    loop.until(lambda: loop.loop._rings.draining)
+    late = ring.submit(STATFS, 4096)
+    ring.force_kick()
+    loop.pumping = True
+    loop.until(lambda: taken.done)
+    loop.thread.join(PATIENCE)
+    assert not loop.thread.is_alive()
+    assert not late.done

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.driver import USED_AT, Driver
+from tests.support.driver import DATA_AT, USED_AT, Driver
 from vfsd.errors import FrontendBreach, GuestBreach
-from vfsd.fds import OwnedFd
+from vfsd.fds import OwnedFd, sealed_memfd
 from vfsd.wire import inflight
-from vfsd.wire.inflight import TABLE_BYTES, Append, InflightTable
+from vfsd.wire.inflight import TABLE_BYTES, TABLE_STRIDE_BYTES, Append, InflightTable
 from vfsd.wire.virtio_ring import RING_IDX
 from vfsd.worker.inflight_memory import InflightMemory, MappedTable
 
@@ -214,7 +214,7 @@ def test_a_journalled_append_belongs_to_one_taking_of_a_head(table):
 def test_a_used_index_that_no_worker_left_is_a_breach(table):
     table.begin(1, 8, used_idx=0, last_avail=0)
     with pytest.raises(GuestBreach, match=r"used\.idx is 9"):
-        table.recover(9)
+        table.recover(9, 8, 1)
 
 
 @given(content=st.lists(st.integers(0, 0xFFFF), min_size=8 * 9, max_size=8 * 9), used_idx=st.integers(0, 0xFFFF))
@@ -224,12 +224,80 @@ def test_whatever_stands_in_the_table_recovery_is_bounded(content, used_idx):
     struct.pack_into("<H", buffer, 10, 8)  # the size was compared before
     table = InflightTable(memoryview(buffer))
     try:
-        heads, last_avail = table.recover(used_idx)
+        heads, last_avail = table.recover(used_idx, 8, 1)
     except GuestBreach:
         return
     assert len(set(heads)) == len(heads)
     assert set(heads) <= set(range(8))
     assert 0 <= last_avail <= 0xFFFF
+
+
+@given(
+    header=st.tuples(
+        st.integers(0, 2**64 - 1), st.sampled_from([1, 0, 2]), st.sampled_from([8, 0, 65535]), st.integers(0, 65535), st.integers(0, 20)
+    ),
+    entries=st.lists(
+        st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 65535), st.integers(0, 2**64 - 1)), min_size=8, max_size=8
+    ),
+    skew=st.integers(0, 2**64 - 1),
+    offered=st.integers(0, 8),
+)
+def test_whatever_stands_in_a_frontends_table_its_ring_is_served_or_broken(header, entries, skew, offered):
+    """Every field of it, for a ring that a driver lays out well: each head is run at most once, and all that is offered or nothing."""
+    driver = Driver(size=8)
+    table = bytearray(TABLE_BYTES)
+    struct.pack_into("<QHHHH", table, 0, *header)
+    for head, (flag, deaths, follower, number) in enumerate(entries):
+        struct.pack_into("<BB4xHQ", table, inflight.HEADER_BYTES + inflight.ENTRY_BYTES * head, flag, deaths, follower, number)
+        driver.describe(head, DATA_AT + 64 * head, 64)
+    struct.pack_into("<Q", table, 8 * inflight._SKEW, skew)
+    driver.offer(*range(offered))
+    queue, ran = None, []
+    try:
+        queue = driver.queue(last_avail=0, inflight=InflightTable(memoryview(table)), start_number=5, adopted=True)
+        while queue.recovering:
+            ran.append(queue.pop_recovered().head)
+        while (chain := queue.pop()) is not None:
+            ran.append(chain.head)
+        for head in ran:
+            queue.push(head, 0)
+        queue.publish()
+        assert sorted(set(ran)) == sorted(ran)
+        assert driver.used_idx == len(ran)
+    except GuestBreach:
+        pass
+    finally:
+        if queue is not None:
+            queue.close()
+        driver.close()
+
+
+def test_a_frontends_table_is_gone_on_with_by_another_start_but_not_after_a_reset_of_the_ring(table):
+    table.begin(1, 8, used_idx=3, last_avail=3)
+    assert not table.continues(2, 8)
+    assert table.continues(2, 8, adopted_at=3)
+    assert table.continues(2, 8, adopted_at=11)
+    assert not table.continues(2, 8, adopted_at=12)
+    assert not table.continues(2, 8, adopted_at=0)
+    assert not table.continues(2, 16, adopted_at=3)
+
+
+def test_of_the_frontends_memory_each_queue_has_its_own_part_adopted_once_in_a_connection():
+    memory = InflightMemory(3)
+    try:
+        memory.adopt(sealed_memfd("tables", 2 * TABLE_STRIDE_BYTES), 0, 2 * TABLE_STRIDE_BYTES, 2)
+        first = memory.start(1)
+        assert (first.offset, first.adopted) == (TABLE_STRIDE_BYTES, True)
+        assert memory.start(1).adopted is False
+        assert memory.start(2).fd is memory.of(2)
+        MappedTable(first.fd.fileno(), first.offset).close()
+        for offset in (2 * TABLE_STRIDE_BYTES, 1 << 62, (1 << 63) - 1):
+            with pytest.raises(FrontendBreach):
+                MappedTable(first.fd.fileno(), offset)
+        memory.forget_frontend()
+        assert memory.start(0).fd is memory.of(0)
+    finally:
+        memory.close()
 
 
 def test_a_driver_that_moves_the_used_index_meanwhile_breaks_its_ring():
@@ -271,7 +339,7 @@ def test_the_memory_can_be_neither_grown_nor_shrunk_and_each_start_has_a_number_
         table.take(1, 77)
         table.close()
         again = MappedTable(memory.of(1).fileno())
-        assert again.recover(0).heads == [1]
+        assert again.recover(0, 8, 1).heads == [1]
         again.close()
     finally:
         memory.close()

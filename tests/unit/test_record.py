@@ -7,7 +7,7 @@ import pytest
 
 from vfsd.cli import parse_options
 from vfsd.errors import ConfigError
-from vfsd.record import Record, Report, in_force, read_record
+from vfsd.record import Counts, Record, Report, in_force, read_record
 from vfsd.roles import more_capabilities
 from vfsd.sandbox.census import take_census
 from vfsd.tools import daemon
@@ -28,7 +28,11 @@ def test_what_was_entered_is_found_among_the_descriptors():
     with Record(options("--sandbox=chroot")) as record:
         record.enter(10, replace(REPORT, role="broker"))
         record.enter(12345678, REPORT)
-        assert read_own() == (in_force(options("--sandbox=chroot")), {10: replace(REPORT, role="broker"), 12345678: REPORT})
+        record.count(worker_deaths=1, replayed=3)
+        record.count(worker_deaths=1)
+        record.write_counts()
+        counts = Counts(worker_deaths=2, replayed=3)
+        assert read_own() == (in_force(options("--sandbox=chroot")), {10: replace(REPORT, role="broker"), 12345678: REPORT}, counts)
     assert read_own() is None
 
 

@@ -1,5 +1,6 @@
 """The supervisor with children that play a script instead of serving: what starts, what ends, what is logged last."""
 
+import fcntl
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from vfsd.service_manager import ServiceManager, connect_notify_socket
 from vfsd.sockets import adopt_socket, make_listener
 from vfsd.supervisor import Supervisor
 from vfsd.tools.daemon import _read_record
+from vfsd.wire.inflight import TABLE_STRIDE_BYTES
 
 PRELUDE = """
 import os, select, signal, sys, time
@@ -105,9 +107,9 @@ class Stage:
         if not self._over.is_set():
             act()
 
-    def wait_for(self, text):
+    def wait_for(self, text, times=1):
         """Until the log shows it, or it is all over."""
-        while text not in self.log() and not self._over.is_set():
+        while self.log().count(text) < times and not self._over.is_set():
             time.sleep(0.01)
 
     def connect(self):
@@ -234,7 +236,9 @@ def test_the_last_line_names_the_child_that_was_killed_not_those_that_lost_it(st
 def test_a_death_by_seccomp_is_explained(stage):
     stage.scripts["vfsd.broker"] = "say(Ready()); time.sleep(0.3); os.kill(os.getpid(), signal.SIGSYS)"
     assert stage.run(act=lambda: None) == 1
-    assert stage.last_line().endswith("was killed by SIGSYS: it made a system call that its seccomp filter does not allow")
+    assert stage.last_line().endswith(
+        "was killed by SIGSYS (system call unknown): it made a system call that its seccomp filter does not allow"
+    )
 
 
 def test_what_a_child_says_of_its_lock_down_counts_once(stage):
@@ -244,12 +248,60 @@ def test_what_a_child_says_of_its_lock_down_counts_once(stage):
 
     def act():
         stage.wait_for("said all")
-        _, reports = _read_record(os.getpid())
+        _, reports, _ = _read_record(os.getpid())
         found.extend(report for report in reports.values() if report.role == "worker 0")
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert stage.run(act=act) == 0
     assert found == [Report(role="worker 0", securebits=235, landlock=7, dumpable=False)]
+
+
+# A worker that begins as a spare one: it is introduced by what broker and control write into its sockets.
+MAYBE_SPARE = """
+say(Ready())
+if config.index is None:
+    log("a spare is ready")
+os.read(config.broker_fd, 1); log("a worker serves"); os.read(config.broker_fd, 1); os.kill(os.getpid(), signal.SIGKILL)
+"""
+# A broker that lets a worker serve, and die when the test says so.
+SERVING = """
+say(Ready())
+while True:
+    hear(); os.write(fd.fileno(), b"s"); workers = [*globals().get("workers", []), fd]
+    if len(workers) == 1:
+        while not os.path.exists({signal!r}):
+            time.sleep(0.01)
+        os.write(fd.fileno(), b"k")
+"""
+
+
+def test_a_spare_worker_takes_the_place_of_a_dead_one_and_another_spare_is_made(stage, tmp_path):
+    stage.scripts["vfsd.worker"] = MAYBE_SPARE
+    stage.scripts["vfsd.broker"] = SERVING.format(signal=str(tmp_path / "kill"))
+
+    def act():
+        stage.wait_for("a spare is ready")
+        (tmp_path / "kill").touch()
+        stage.wait_for("a worker serves", times=2)
+        stage.wait_for("a spare is ready", times=2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run("--spare-workers=1", act=act) == 0
+    log = stage.log()
+    assert log.count("worker 0 started") == 1
+    assert log.count("worker spare started") == 2
+    assert "vfsd::worker0] a worker serves" in log
+
+
+def test_a_spare_worker_that_dies_is_no_harm_and_not_made_again_and_again(stage):
+    stage.scripts["vfsd.worker"] = "say(Ready())\nif config.index is None:\n    os.kill(os.getpid(), signal.SIGSEGV)\nidle()"
+
+    def act():
+        stage.wait_for("was killed by SIGSEGV")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run("--spare-workers=1", act=act) == 0
+    assert stage.log().count("worker spare started") == 1
 
 
 def mortal(folder, ends):
@@ -420,6 +472,102 @@ def test_further_workers_are_started_when_control_asks_and_introduced(stage):
     assert stage.run(act=act) == 0
     for text in ("control: AddWorker(index=1)", "broker: AddWorker(index=1)", "vfsd::worker1] worker 1 hears b'c' and b'b'"):
         assert text in stage.log()
+
+
+def test_control_is_given_memory_for_in_flight_tables_that_cannot_shrink(stage):
+    stage.scripts["vfsd.worker.control"] = """
+import fcntl
+say(Ready()); hear(); say(NeedInflight(3)); hear()
+log(f"{os.fstat(fd.fileno()).st_size} bytes, seals {fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS)}")
+idle()
+"""
+    found = []
+
+    def act():
+        stage.wait_for("seals")
+        found.append(re.search(r"(\d+) bytes, seals (\d+)", stage.log()).groups())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(act=act) == 0
+    assert found == [(str(3 * TABLE_STRIDE_BYTES), str(fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL))]
+
+
+def test_of_in_flight_tables_control_gets_no_more_than_there_are_queues(stage):
+    stage.scripts["vfsd.worker.control"] = "say(Ready()); say(NeedInflight(4)); idle()"
+    assert stage.run() == 1
+    assert stage.last_line() == "control asked for in-flight tables of 4 queues"
+
+
+def test_a_worker_is_killed_and_replaced_when_control_says_that_it_does_not_let_go(stage):
+    stage.scripts["vfsd.worker.control"] = (
+        "say(Ready()); hear(); hear(); say(KillWorker(7, b'none')); say(KillWorker(0, b'it hangs')); hear(); log('a successor'); idle()"
+    )
+
+    def act():
+        stage.connect()
+        stage.wait_for("a successor")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(act=act) == 0
+    assert "does not let go (it hangs) and is killed" in stage.log()
+    assert "was killed by SIGKILL; another one takes its place" in stage.log()
+
+
+KEEP = "--keep-listening"
+
+
+def test_with_keep_listening_frontends_come_and_go(stage):
+    stage.scripts["vfsd.worker.control"] = """
+say(Ready()); hear()
+for number in range(3):
+    hear(); os.read(fd.fileno(), 1); say(FrontendGone(b"odd", number != 1)); log(f"frontend {number} is gone")
+idle()
+"""
+
+    def act():
+        for number in range(3):
+            stage.connect()
+            stage.frontends[number].send(b"x")
+            stage.wait_for(f"frontend {number} is gone")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(KEEP, act=act) == 0
+    log = stage.log()
+    assert log.count("Client connected") == 3
+    assert log.count("Client disconnected (odd)") == 2
+    assert log.count("the frontend's connection was closed: odd") == 1
+
+
+def test_with_keep_listening_control_is_replaced_when_its_workers_have_ended(stage, lives):
+    """A worker that does not end by itself is killed."""
+    stage.scripts["vfsd.worker.control"] = mortal(lives, []).replace("idle()", "hear(); hear(); os.kill(os.getpid(), signal.SIGSEGV)")
+    stage.scripts["vfsd.worker"] = "say(Ready()); os.read(config.control_fd, 1); time.sleep(0.1); log('worker leaves'); os._exit(0)"
+
+    def act():
+        stage.connect()
+        stage.wait_for("worker leaves")
+        stage.wait_for("Waiting for vhost-user socket connection", times=2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(KEEP, act=act) == 0
+    log = stage.log()
+    assert log.count("was killed by SIGSEGV; the frontend is disconnected") == 1
+    assert log.count("Waiting for vhost-user socket connection") == 2
+    assert len(stage.pids()) == 5
+
+
+def test_a_worker_that_does_not_let_go_of_a_dead_controls_memory_is_killed(stage, lives, monkeypatch):
+    monkeypatch.setattr(vfsd.supervisor, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(vfsd.vigil, "TICK_SECONDS", 0.05)
+    stage.scripts["vfsd.worker.control"] = mortal(lives, []).replace("idle()", "hear(); hear(); os.kill(os.getpid(), signal.SIGKILL)")
+
+    def act():
+        stage.connect()
+        stage.wait_for("worker of life 1 serves")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(KEEP, act=act) == 0
+    assert "worker 0" in next(line for line in stage.log().splitlines() if "does not let go of the frontend's memory and is killed" in line)
 
 
 @pytest.mark.parametrize("asked", ["NeedWorker(0)", "NeedWorker(2)", "NeedWorker(1)); say(NeedWorker(1)"])

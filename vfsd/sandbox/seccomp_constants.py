@@ -20,7 +20,7 @@ _FROM_OS = (
 
 _COMMON: dict[str, int] = {
     **{name: getattr(os, name) for name in _FROM_OS},
-    **{name: getattr(fcntl, name) for name in ("F_GETFL", "F_SETFL", "F_DUPFD_CLOEXEC", "F_OFD_GETLK", "F_OFD_SETLK")},
+    **{name: getattr(fcntl, name) for name in ("F_GETFL", "F_SETFL", "F_DUPFD_CLOEXEC", "F_OFD_GETLK", "F_OFD_SETLK", "F_GET_SEALS")},
     **{name: getattr(fcntl, name) for name in ("F_SETOWN", "F_SETSIG", "F_SETLEASE", "F_NOTIFY")},
     **{name: getattr(fcntl, name) for name in ("LOCK_SH", "LOCK_EX", "LOCK_UN", "LOCK_NB")},
     **{name: getattr(mmap, name) for name in ("PROT_READ", "PROT_WRITE", "PROT_EXEC", "MAP_SHARED", "MAP_PRIVATE", "MAP_ANONYMOUS")},

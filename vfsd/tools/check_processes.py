@@ -21,7 +21,8 @@ def children(text: str) -> Check:
         roles = [each.role for each in subject.daemon.processes[1:]]
         counts = {role: roles.count(role) for role in sorted(set(roles))}
         workers = counts.pop("worker", 0)
-        holds = counts == {"broker": 1, "control": 1} and 1 <= workers <= subject.daemon.options.request_queues
+        most = subject.daemon.options.request_queues + subject.daemon.options.spare_workers
+        holds = counts == {"broker": 1, "control": 1} and 1 <= workers <= most
         return Seen(holds, ", ".join(f"{count} {role}" for role, count in {**counts, "worker": workers}.items()))
 
     return Check(text, look)

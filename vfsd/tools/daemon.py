@@ -17,7 +17,7 @@ from typing import Literal
 from vfsd.cli_compat import modernize
 from vfsd.config import MAX_REQUEST_QUEUES
 from vfsd.errors import ConfigError
-from vfsd.record import MOST_RECORD_BYTES, RECORD_NAME, InForce, Report, path_in_ascii, read_record
+from vfsd.record import MOST_RECORD_BYTES, RECORD_NAME, Counts, InForce, Report, path_in_ascii, read_record
 from vfsd.sandbox.capabilities import change, decode_changes
 from vfsd.sandbox.census import ProcessCensus, take_census
 from vfsd.sandbox.fd_census import read_fds
@@ -34,7 +34,7 @@ _MODULES: dict[str, SeenRole] = {
 _PARENT_FIELD, _START_TIME_FIELD = 1, 19  # of /proc/PID/stat behind the name in parentheses
 
 
-_Record = tuple[InForce, dict[int, Report]]
+_Record = tuple[InForce, dict[int, Report], Counts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,11 @@ class Daemon:
     sockets: Sockets
     uptime_seconds: float
     uid_map: IdMap  # of its user namespace, outside: as we see it
-    recorded: bool  # whether the supervisor's record could be read
+    counts: Counts | None  # None: the supervisor's record could not be read
+
+    @property
+    def recorded(self) -> bool:
+        return self.counts is not None
 
     @property
     def supervisor(self) -> Process:
@@ -124,7 +128,7 @@ def examine(supervisor: int) -> Daemon:
             sockets=sockets_of(process.census for process in processes),
             uptime_seconds=_uptime(supervisor),
             uid_map=_uid_map(supervisor),
-            recorded=record is not None,
+            counts=record[2] if record else None,
         )
 
 
@@ -224,6 +228,7 @@ def _options(census: ProcessCensus) -> InForce:
     parser.add_argument("--inode-file-handles", default="prefer")
     parser.add_argument("--readonly", action="store_true")
     parser.add_argument("--num-request-queues", dest="request_queues", type=int, default=MAX_REQUEST_QUEUES)
+    parser.add_argument("--spare-workers", type=int, default=0)
     parser.add_argument("--seccomp-policy")
     parser.add_argument("--allow-weak-policy", action="store_true")
     parser.add_argument("--modcaps", type=decode_changes, default=(), dest="broker_extra")

@@ -100,7 +100,7 @@ EXPECTATIONS: tuple[Expectation, ...] = (
     Expectation(
         "children", "/proc/PID/task/TID/children",
         {
-            "supervisor": processes.children("one broker, one control, at most as many workers as request queues; no other process"),
+            "supervisor": processes.children("one broker, one control, at most as many workers as request queues, and spare ones; no other process"),
             **_each(processes.child_of_supervisor("none; the supervisor's child"), "broker", "control", "worker"),
         },
     ),

@@ -23,6 +23,7 @@ _LAST_WORDS = "/memfd:vfsd-last-words (deleted)"
 _INFLIGHT = "/memfd:vfsd-inflight (deleted)"
 _FAULTS = "/memfd:vfsd-faults (deleted)"  # COUNTERS_NAME of the fault desk, which no process without faults imports
 _FAULT_COUNTERS = "fault injection: how often each rule was hit"
+_KERNEL_LOG = "/dev/kmsg"
 _RECORD = f"/memfd:{RECORD_NAME} (deleted)"
 _ANY_SIGNAL = "a ring's kick, call or err: the frontend's"
 _LOG_OR_MANAGER = "the system's log, or the service manager that started vfsd"
@@ -57,6 +58,7 @@ TOLD_BY: tuple[tuple[str, str, str], ...] = (
     ("supervisor", "the death of CHILD", "a pidfd of that child"),
     ("supervisor", "last words of a child", "its name, memfd:vfsd-last-words"),
     ("supervisor", "record of its processes, for vfsdctl status", f"its name, memfd:{RECORD_NAME}"),
+    ("supervisor", "the kernel's log: which system call a child died of", f"its name, {_KERNEL_LOG}"),
     ("supervisor", "epoll: waits for the others", "its kind"),
     ("supervisor", "fault injection: waits for the operator", "a packet socket that listens, where faults are injected"),
     ("supervisor", "fault injection: the operator", "a packet socket, the other end in no process of vfsd, where faults are injected"),
@@ -169,7 +171,11 @@ def _of_supervisor(context: Context, fd: Fd) -> str | None:
         return _pidfd(context, fd.process)
     if _is_pid_file(context, fd.target):
         return "pid file, and its lock"
-    return {_LAST_WORDS: "last words of a child", _RECORD: "record of its processes, for vfsdctl status"}.get(fd.target)
+    return {
+        _LAST_WORDS: "last words of a child",
+        _RECORD: "record of its processes, for vfsdctl status",
+        _KERNEL_LOG: "the kernel's log: which system call a child died of",
+    }.get(fd.target)
 
 
 def _pidfd(context: Context, pid: int) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from vfsd.record import Counts
 from vfsd.tools.check import Subject
 from vfsd.tools.daemon import Daemon, Process, examine, find_supervisor
 from vfsd.tools.expectations import Finding, judge
@@ -48,9 +49,16 @@ def _overview(daemon: Daemon) -> Iterable[str]:
         yield "faults:     are injected by rules (vfsdctl fault list): this vfsd is for tests"
     yield f"command:    {' '.join(ascii(word)[1:-1] for word in daemon.supervisor.census.command)}"
     yield f"running for {_duration(daemon.uptime_seconds)}"
+    if daemon.counts is not None:
+        yield f"survived:   {_survived(daemon.counts)}"
     yield ""
     rows = [_row(process) for process in daemon.processes]
     yield from _table(("PROCESS", "PID", "THREADS", "UID", "FDS"), rows)
+
+
+def _survived(counts: Counts) -> str:
+    deaths = f"{counts.worker_deaths} deaths of workers, {counts.control_deaths} of control"
+    return f"{deaths}; {counts.replayed} requests run again, {counts.refused} refused, {counts.undecided} appends undecided (EIO)"
 
 
 def _row(process: Process) -> tuple[str, ...]:
@@ -131,6 +139,7 @@ def _as_data(daemon: Daemon, judged: Sequence[tuple[Subject, list[Finding]]]) ->
         "uptime_seconds": round(daemon.uptime_seconds, 1),
         "options": asdict(daemon.options),
         "command": [ascii(word)[1:-1] for word in daemon.supervisor.census.command],
+        "counts": None if daemon.counts is None else asdict(daemon.counts),
         "processes": [
             {**_process_data(each), **_security_data(*by_pid[each.pid])} if judged else _process_data(each) for each in daemon.processes
         ],

@@ -94,6 +94,14 @@ class AreYouWell(ChannelMessage):
     """To the broker: answer IAmWell, by way of the thread that serves requests."""
 
 
+@dataclass(frozen=True, slots=True)
+class InflightGiven(ChannelMessage):
+    """To control: the memory it asked for, all zeros, which can neither grow nor shrink."""
+
+    def fd_count(self) -> int:
+        return 1
+
+
 # --- child -> supervisor -----------------------------------------------------------------------------------------------
 
 
@@ -117,6 +125,15 @@ class Completed(ChannelMessage):
 
 
 @dataclass(frozen=True, slots=True)
+class Counted(ChannelMessage):
+    """From a worker: so many more requests of a dead one's were run again, refused, or were appends of which nobody can tell."""
+
+    replayed: int
+    refused: int
+    undecided: int
+
+
+@dataclass(frozen=True, slots=True)
 class Log(ChannelMessage):
     level: int
     text: bytes
@@ -134,6 +151,21 @@ class NeedWorker(ChannelMessage):
     """From control: the frontend named the queue of a worker that has not been started."""
 
     index: int
+
+
+@dataclass(frozen=True, slots=True)
+class KillWorker(ChannelMessage):
+    """From control: this worker does not let go of what is the frontend's, as `text` says; another one is to take its place."""
+
+    index: int
+    text: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NeedInflight(ChannelMessage):
+    """From control: memory for the in-flight tables of so many queues, to be shared with the frontend."""
+
+    queues: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +221,9 @@ class MemoryRemove(ChannelMessage):
 class RingStart(ChannelMessage):
     """Serve this ring from `last_avail` on; or, if its in-flight table tells of this very start, from where a dead worker was.
 
-    Descriptors: the in-flight table, then kick, call, err, in this order, those that are there.
+    Descriptors: the in-flight table, then kick, call, err, in this order, those that are there. `table_offset`: where the table
+    begins. `adopted`: it comes from the frontend, and what it says of an earlier connection holds. `give_up`: what a dead worker
+    had not completed is answered EIO.
     """
 
     seq: int
@@ -204,6 +238,9 @@ class RingStart(ChannelMessage):
     has_call: bool
     has_err: bool
     start_number: int
+    table_offset: int = 0
+    adopted: bool = False
+    give_up: bool = False
 
     def fd_count(self) -> int:
         return 1 + self.has_kick + self.has_call + self.has_err
@@ -279,6 +316,7 @@ class Row(NamedTuple):
 
 _SEQ, _QUEUE, _WORKER, _ADDRESS, _FLAG = Uint(_U32), Uint(MAX_QUEUE_INDEX), Uint(MAX_WORKER_INDEX), Uint(_U64), Flag()
 _TEXT = Octets(MAX_LOG_TEXT)
+_OFFSET = Uint(2**63 - 1)
 
 _TO_CHILD = (
     Row(1, Stop),
@@ -286,6 +324,7 @@ _TO_CHILD = (
     Row(3, Connection, (), max_fds=1),
     Row(4, AreYouWell),
     Row(5, Ping),
+    Row(6, InflightGiven, (), max_fds=1),
 )
 _FROM_ANY_CHILD = (
     Row(16, Ready, (Uint(_U32), Uint(_U16), _FLAG)),
@@ -295,6 +334,8 @@ _FROM_ANY_CHILD = (
 _FROM_CONTROL = (
     Row(19, NeedWorker, (_WORKER,)),
     Row(20, FrontendGone, (_TEXT, _FLAG)),
+    Row(25, KillWorker, (_WORKER, _TEXT)),
+    Row(26, NeedInflight, (_QUEUE,)),
 )
 _FROM_BROKER = (
     Row(21, Breach, (_WORKER, _TEXT)),
@@ -303,6 +344,7 @@ _FROM_BROKER = (
 _FROM_WORKER_UP = (
     Row(23, Completed),
     Row(24, Alive),
+    Row(27, Counted, (Uint(_U32), Uint(_U32), Uint(_U32))),
 )
 _TO_WORKER = (
     Row(32, MemoryClear, (_SEQ,)),
@@ -311,7 +353,10 @@ _TO_WORKER = (
     Row(
         35,
         RingStart,
-        (_SEQ, _QUEUE, Uint(MAX_QUEUE_SIZE), Uint(_U16), _ADDRESS, _ADDRESS, _ADDRESS, _FLAG, _FLAG, _FLAG, _FLAG, Uint(_U32)),
+        (
+            *(_SEQ, _QUEUE, Uint(MAX_QUEUE_SIZE), Uint(_U16), _ADDRESS, _ADDRESS, _ADDRESS, _FLAG, _FLAG, _FLAG, _FLAG, Uint(_U32)),
+            *(_OFFSET, _FLAG, _FLAG),
+        ),
         max_fds=4,
     ),
     Row(36, RingKick, (_SEQ, _QUEUE, _FLAG), max_fds=1),

@@ -37,6 +37,9 @@ _JOURNAL = _OWN + _OWN_BYTES
 _JOURNAL_ENTRY = struct.Struct("<QQQQ")  # number, fh, size, length
 
 TABLE_BYTES = _JOURNAL + _JOURNAL_ENTRY.size * MAX_QUEUE_SIZE
+_LARGEST_PAGE_BYTES = 1 << 16
+# From one queue's table to the next, where several lie in one file: each can be mapped by itself.
+TABLE_STRIDE_BYTES = -(-TABLE_BYTES // _LARGEST_PAGE_BYTES) * _LARGEST_PAGE_BYTES
 
 
 class Append(NamedTuple):
@@ -64,9 +67,18 @@ class InflightTable:
         self._halves = buffer.cast("H")
         self._words = buffer.cast("Q")
 
-    def continues(self, start_number: int, size: int) -> bool:
-        """Whether the ring that was started by this number, of this size, was being served: then `recover`, else `begin`."""
-        return self._words[_START_NUMBER] == start_number and self._halves[_DESC_NUM] == size
+    def continues(self, start_number: int, size: int, *, adopted_at: int | None = None) -> bool:
+        """Whether the ring that was started by this number, of this size, was being served: then `recover`, else `begin`.
+
+        A table that was adopted from the frontend tells of a start on an earlier connection: if it is of this ring, whose used index
+        is now `adopted_at`, and not of one that the guest has reset since.
+        """
+        halves = self._halves
+        if halves[_DESC_NUM] != size:
+            return False
+        if self._words[_START_NUMBER] == start_number:
+            return True
+        return adopted_at is not None and halves[_VERSION] == VERSION and (adopted_at - halves[_USED_IDX]) & 0xFFFF <= size
 
     def begin(self, start_number: int, size: int, used_idx: int, last_avail: int) -> None:
         """Nothing is in flight. `start_number` is never 0."""
@@ -103,10 +115,13 @@ class InflightTable:
             flags[HEADER_BYTES + ENTRY_BYTES * head] = 0
         self._halves[_USED_IDX] = used_idx
 
-    def recover(self, used_idx: int) -> Recovered:
-        """Finish what the dead worker was at. GuestBreach if the ring's used index is not where a worker can have left it."""
+    def recover(self, used_idx: int, size: int, start_number: int) -> Recovered:
+        """Finish what the dead worker was at. GuestBreach if the ring's used index is not where a worker can have left it.
+
+        The size is the ring's own: the table's may have been changed since it was compared.
+        """
         halves = self._halves
-        size = halves[_DESC_NUM]
+        self._words[_START_NUMBER] = start_number
         shown = (used_idx - halves[_USED_IDX]) & 0xFFFF
         if shown > size:
             raise GuestBreach(f"used.idx is {used_idx}, where at most {size} completions after {halves[_USED_IDX]} were shown")

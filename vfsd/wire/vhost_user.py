@@ -122,7 +122,10 @@ _TABLE_HEADER = Struct("<I4x")
 _REGION = Struct("<QQQQ")
 _SINGLE_REGION = Struct("<8xQQQQ")
 _CONFIG_HEADER = Struct("<III")
+_INFLIGHT = Struct("<QQHH")
 
+# A structure in C is padded to 24 bytes, and sent so; the specification's fields are 20.
+_INFLIGHT_BYTES = (_INFLIGHT.size, 24)
 # User-Mode Linux 6.1 always sends the two-region structure, also for one region.
 _UML_ONE_REGION_BYTES = _TABLE_HEADER.size + 2 * _REGION.size
 _ADDRESS_SPACE = 1 << 64
@@ -178,6 +181,15 @@ class MemoryRegion(NamedTuple):
     size: int
     uva: int
     mmap_offset: int
+
+
+class Inflight(NamedTuple):
+    """Where the in-flight tables of so many queues lie in the descriptor that goes with it; of GET_INFLIGHT_FD the last two fields count."""
+
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
 
 
 class ConfigRequest(NamedTuple):
@@ -271,6 +283,21 @@ def decode_config(message: Message) -> ConfigRequest:
         raise breach(message.request, f"{size} bytes at offset {offset}, a configuration space has {MAX_CONFIG_BYTES}")
     _check_size(message, _CONFIG_HEADER.size + size)
     return ConfigRequest(offset, size, flags)
+
+
+def decode_inflight(message: Message) -> Inflight:
+    """GET_INFLIGHT_FD, and SET_INFLIGHT_FD, with which the descriptor comes along."""
+    if len(message.payload) not in _INFLIGHT_BYTES:
+        raise breach(message.request, f"payload of {len(message.payload)} bytes, expected {_INFLIGHT.size} or {_INFLIGHT_BYTES[1]}")
+    found = Inflight(*_INFLIGHT.unpack_from(message.payload))
+    if found.mmap_size > _MAX_FILE_OFFSET or found.mmap_offset > _MAX_FILE_OFFSET - found.mmap_size:
+        raise breach(message.request, f"{found.mmap_size:#x} bytes at offset {found.mmap_offset:#x} of a file")
+    return found
+
+
+def encode_inflight_reply(message: Message, inflight: Inflight) -> bytes:
+    """The reply to GET_INFLIGHT_FD, padded as the question was."""
+    return encode_reply(message.request, _INFLIGHT.pack(*inflight).ljust(len(message.payload), b"\0"))
 
 
 def encode_reply(request: int, payload: bytes) -> bytes:

@@ -16,7 +16,7 @@ from vfsd.sandbox.lockdown import lock_down
 from vfsd.sandbox.memory import settle_allocator
 from vfsd.sandbox.namespaces import enter_empty_root
 from vfsd.wire import broker_messages as wire
-from vfsd.wire.channel import CONTROL_TO_WORKER, Ready
+from vfsd.wire.channel import CONTROL_TO_WORKER, Alive, Ping, Ready, Stop
 from vfsd.wire.id_map import make_id_maps
 from vfsd.worker.broker_client import BrokerClient, BrokerGone
 from vfsd.worker.cache_policy import CACHE_POLICIES
@@ -31,18 +31,36 @@ _MOST_FILES = 8192
 class _Greeting:
     """The answer to Hello: the session that is under way. To be made before the lock-down, which leaves no call that makes an epoll."""
 
-    def __init__(self, fs: FileSystem) -> None:
+    def __init__(self, fs: FileSystem, supervisor: Channel) -> None:
         self._fs = fs
+        self._supervisor = supervisor
         self._heard = False
         self._epoll = select.epoll()
         self._epoll.register(fs.broker.fileno(), select.EPOLLIN)
+        self._epoll.register(supervisor.fileno(), select.EPOLLIN)
 
-    def wait(self) -> None:
-        """A worker that replaces another one is not answered before the broker is done with that one. Until then it must not serve."""
+    def wait(self) -> bool:
+        """A worker that replaces another one is not answered before the broker is done with that one. Until then it must not serve.
+
+        A spare one is answered when it is needed. False if the supervisor says Stop first.
+        """
         with self._epoll:
             while not self._heard:
-                self._epoll.poll()
-                self._fs.broker.receive()
+                for fd, _ in self._epoll.poll():
+                    if fd == self._fs.broker.fileno():
+                        self._fs.broker.receive()
+                    elif not self._hear_supervisor():
+                        return False
+        return True
+
+    def _hear_supervisor(self) -> bool:
+        received = self._supervisor.receive()
+        match received.message if received is not None else None:
+            case Stop():
+                return False
+            case Ping():
+                self._supervisor.send(Alive())
+        return True
 
     def answered(self, error: int, fields: list[int], _donated: object) -> None:
         if error:
@@ -53,7 +71,8 @@ class _Greeting:
 
 def main() -> None:
     config = read_config(WorkerConfig, int(sys.argv[1]))
-    run_role(config, f"worker{config.index}", lambda channel, log: serve(config, channel, log))
+    name = "spare worker" if config.index is None else f"worker{config.index}"
+    run_role(config, name, lambda channel, log: serve(config, channel, log))
 
 
 def serve(config: WorkerConfig, channel: Channel, log: ChildLog) -> None:
@@ -66,15 +85,19 @@ def serve(config: WorkerConfig, channel: Channel, log: ChildLog) -> None:
     ids = make_id_maps(config.translate_uid, config.translate_gid)
     fs = FileSystem(broker, CACHE_POLICIES[config.cache], log, pool, most_files, config.features, ids)
     loop = EventLoop(channel, control, broker, fs, pool, log)
-    greeting = _Greeting(fs)
+    greeting = _Greeting(fs, channel)
     settle_allocator()
     done = lock_down(config.confinement, start_threads=pool.start)
     broker.ask(wire.Hello(wire.PROTOCOL_VERSION), greeting)
     try:
         broker.flush()
-        greeting.wait()
-        channel.send(Ready(done.securebits, done.landlock, done.dumpable))
-        loop.run()
+        ready = Ready(done.securebits, done.landlock, done.dumpable)
+        if config.index is None:
+            channel.send(ready)
+        if greeting.wait():
+            if config.index is not None:
+                channel.send(ready)
+            loop.run()
     except BrokerGone:
         log.debug("the broker is gone")  # the supervisor knows why, and ends us all
 

@@ -71,5 +71,6 @@ def _read(fd: int, offset: int, length: int) -> bytes:
 
 
 def _untold(fs: FileSystem, why: str) -> ReplyErrno:
+    fs.tally.undecided += 1
     fs.log.error(f"an append that a worker died of is answered EIO, whether it was made cannot be told: {why}")
     return ReplyErrno(errno.EIO)

@@ -8,19 +8,21 @@ The order of messages is free where the specification leaves it free: after each
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from vfsd.channel import close_all
 from vfsd.errors import NOT_SHARED, FrontendBreach
 from vfsd.fds import OwnedFd
 from vfsd.log import Logger
 from vfsd.wire import vhost_user as vu
+from vfsd.wire.inflight import TABLE_STRIDE_BYTES
+from vfsd.worker.config_space import ConfigSpace
 from vfsd.worker.memory_table import MAX_MEM_SLOTS, MemoryTable
 from vfsd.worker.vrings import Vring
 from vfsd.worker.worker_links import WorkerRefused
+from vfsd.worker.worker_port import FdReply, WorkerPort
 
 FEATURES: Final = (
     1 << vu.VIRTIO_F_VERSION_1
@@ -32,24 +34,10 @@ PROTOCOL_FEATURES: Final = (
     1 << vu.VHOST_USER_PROTOCOL_F_MQ
     | 1 << vu.VHOST_USER_PROTOCOL_F_REPLY_ACK
     | 1 << vu.VHOST_USER_PROTOCOL_F_BACKEND_REQ
+    | 1 << vu.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
     | 1 << vu.VHOST_USER_PROTOCOL_F_RESET_DEVICE
     | 1 << vu.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
 )
-_CONFIG_SPACE: Final = struct.Struct("<36sI")  # virtio 1.2, 5.11.4: tag, num_request_queues
-
-
-class WorkerPort(Protocol):
-    """What the device needs of workers. Each call returns when the worker has done it; WorkerRefused when it will not."""
-
-    def need_for(self, queue_index: int) -> None: ...
-    def add_memory(self, region: vu.MemoryRegion, fd: OwnedFd) -> None: ...
-    def remove_memory(self, region: vu.MemoryRegion) -> None: ...
-    def clear_memory(self) -> None: ...
-    def start_ring(self, ring: Vring, *, event_idx: bool) -> None: ...
-    def stop_ring(self, queue_index: int) -> int: ...
-    def replace_kick(self, queue_index: int, fd: OwnedFd | None) -> None: ...
-    def replace_call(self, queue_index: int, fd: OwnedFd | None) -> None: ...
-    def replace_err(self, queue_index: int, fd: OwnedFd | None) -> None: ...
 
 
 class Device:
@@ -59,14 +47,14 @@ class Device:
         """`memory` is shared with whoever tells workers of it."""
         self._workers = workers
         self._log = log
-        self._config = _CONFIG_SPACE.pack(tag, request_queues) if tag is not None else None
+        self._config = ConfigSpace(tag, request_queues, log) if tag is not None else None
         self._features: int | None = None  # None until SET_FEATURES, and again after a reset
         self._protocol_features = 0
         self._memory = memory
         self._rings = [Vring(index) for index in range(request_queues + 1)]  # 0 is hiprio
         self._backend_fd: OwnedFd | None = None
 
-    def handle(self, message: vu.Message, fds: list[OwnedFd]) -> bytes | None:
+    def handle(self, message: vu.Message, fds: list[OwnedFd]) -> bytes | FdReply | None:
         """Takes the descriptors. Raises FrontendBreach; WorkerFailed and StopAsked pass through."""
         try:
             return self._dispatch(message, fds)
@@ -86,7 +74,7 @@ class Device:
         self._memory.clear()
         self._keep_backend_fd(None)
 
-    def _dispatch(self, message: vu.Message, fds: list[OwnedFd]) -> bytes | None:
+    def _dispatch(self, message: vu.Message, fds: list[OwnedFd]) -> bytes | FdReply | None:
         row = _ROWS.get(message.request)
         if row is None:
             raise FrontendBreach(f"{message.name}: vfsd does not know this message, and has offered no feature that it belongs to")
@@ -178,12 +166,7 @@ class Device:
         self._backend_fd = fd
 
     def get_config(self, message: vu.Message, _fds: list[OwnedFd]) -> bytes:
-        request = vu.decode_config(message)
-        config = self._config_space()
-        if request.size > len(config) or request.offset > len(config) - request.size:
-            self._log.warning(f"{message.name}: {request.size} bytes at {request.offset} of a configuration space of {len(config)}")
-            return vu.encode_reply(message.request, b"")  # an empty payload says that it failed
-        return vu.encode_config_reply(request, config[request.offset : request.offset + request.size])
+        return self._config_space().read(message)
 
     def set_config(self, message: vu.Message, _fds: list[OwnedFd]) -> None:
         """Every field of a virtio-fs device is read-only for the driver (virtio 1.2, 5.11.4)."""
@@ -191,10 +174,31 @@ class Device:
         self._config_space()
         raise WorkerRefused("the configuration space is read-only")
 
-    def _config_space(self) -> bytes:
+    def _config_space(self) -> ConfigSpace:
         if self._config is None:
             raise FrontendBreach("vfsd offers a configuration space only with --tag; start it with --tag=NAME")
         return self._config
+
+    # --- in-flight tables ----------------------------------------------------------------------------------------------
+
+    def get_inflight_fd(self, message: vu.Message, _fds: list[OwnedFd]) -> FdReply:
+        """Memory for the tables of so many queues. The frontend does not look into it: how long a table is, is ours to say."""
+        asked = vu.decode_inflight(message)
+        self._check_inflight(asked)
+        given = asked._replace(mmap_size=asked.num_queues * TABLE_STRIDE_BYTES, mmap_offset=0)
+        return FdReply(vu.encode_inflight_reply(message, given), self._workers.inflight_memory(asked.num_queues))
+
+    def set_inflight_fd(self, message: vu.Message, fds: list[OwnedFd]) -> None:
+        """That memory again, perhaps on another connection: what it says is in flight is served before anything else."""
+        given = vu.decode_inflight(message)
+        self._check_inflight(given)
+        if any(ring.running for ring in self._rings):
+            raise FrontendBreach("other in-flight tables while rings run; stop them first (GET_VRING_BASE)")
+        self._workers.adopt_inflight(fds.pop(), given.mmap_offset, given.mmap_size, given.num_queues)
+
+    def _check_inflight(self, inflight: vu.Inflight) -> None:
+        if not 1 <= inflight.num_queues <= len(self._rings):
+            raise FrontendBreach(f"in-flight tables of {inflight.num_queues} queues, there are {len(self._rings)}")
 
     # --- memory --------------------------------------------------------------------------------------------------------
 
@@ -341,7 +345,7 @@ class Device:
 class Row(NamedTuple):
     """One known message: its handler, how many descriptors may come along, and whether it has a reply of its own."""
 
-    handler: Callable[[Device, vu.Message, list[OwnedFd]], bytes | None]
+    handler: Callable[[Device, vu.Message, list[OwnedFd]], bytes | FdReply | None]
     min_fds: int = 0
     max_fds: int = 0
     replies: bool = False
@@ -368,6 +372,8 @@ _ROWS: Final[dict[int, Row]] = {
     vu.VHOST_USER_SET_BACKEND_REQ_FD: Row(Device.set_backend_req_fd, min_fds=1, max_fds=1),
     vu.VHOST_USER_GET_CONFIG: Row(Device.get_config, replies=True),
     vu.VHOST_USER_SET_CONFIG: Row(Device.set_config),
+    vu.VHOST_USER_GET_INFLIGHT_FD: Row(Device.get_inflight_fd, replies=True),
+    vu.VHOST_USER_SET_INFLIGHT_FD: Row(Device.set_inflight_fd, min_fds=1, max_fds=1),
     vu.VHOST_USER_RESET_DEVICE: Row(Device.reset_device),
     vu.VHOST_USER_GET_MAX_MEM_SLOTS: Row(Device.get_max_mem_slots, replies=True),
     vu.VHOST_USER_ADD_MEM_REG: Row(Device.add_mem_reg, min_fds=1, max_fds=1),

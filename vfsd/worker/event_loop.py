@@ -11,7 +11,7 @@ import select
 import time
 from collections.abc import Callable
 
-from vfsd.channel import Channel
+from vfsd.channel import Channel, ChannelClosed
 from vfsd.errors import GuestBreach
 from vfsd.log import ChildLog
 from vfsd.wire.channel import Alive, Completed, Ping, Stop
@@ -31,6 +31,7 @@ _MOST_DEATHS = 2  # of workers that ran the same request: it is not run a third 
 class EventLoop:
     def __init__(self, supervisor: Channel, control: Channel, broker: BrokerClient, fs: FileSystem, pool: IoPool, log: ChildLog) -> None:
         self._supervisor = supervisor
+        self._control = control
         self._broker = broker
         self._fs = fs
         self._pool = pool
@@ -40,7 +41,7 @@ class EventLoop:
         self._rings = RingTable(control, self._dispatcher, log, self._epoll)
         self._sources: dict[int, Callable[[], None]] = {
             supervisor.fileno(): self._hear_supervisor,
-            control.fileno(): self._rings.hear_control,
+            control.fileno(): self._hear_control,
             broker.fileno(): broker.receive,
             pool.fileno(): pool.collect,
         }
@@ -51,8 +52,8 @@ class EventLoop:
         self._completed = False  # whether the supervisor knows that we are good for something
 
     def run(self) -> None:
-        """Returns when the supervisor says Stop; ChannelClosed or BrokerGone when a peer is gone."""
-        while not self._stopped:
+        """Returns when the supervisor says Stop, or control is gone and what was taken is done; ChannelClosed or BrokerGone at the others' end."""
+        while not (self._stopped or self._rings.left):
             for fd, _events in self._epoll.poll(self._timeout()):
                 source = self._sources.get(fd)
                 if source is not None:
@@ -81,6 +82,8 @@ class EventLoop:
         now = time.monotonic()
         self._rings.finish_stops(now)
         self._fs.nodes.sweep(now)
+        if self._fs.tally and self._supervisor.send(self._fs.tally.message()):
+            self._fs.tally.clear()
 
     def _drain(self, ring: Ring) -> None:
         ring.queue.disarm()
@@ -102,10 +105,13 @@ class EventLoop:
         except GuestBreach as breach:
             self._rings.broke(ring, str(breach))
             return
-        if chain.deaths < _MOST_DEATHS:
+        if chain.deaths < _MOST_DEATHS and not ring.give_up:
+            self._fs.tally.replayed += 1
             self._dispatcher.handle(ring, chain)
             return
-        self._log.error(f"queue {ring.index}: a request is answered EIO: {chain.deaths} workers died while they ran it")
+        why = "it hung" if ring.give_up else f"{chain.deaths} workers died while they ran it"
+        self._log.error(f"queue {ring.index}: a request is answered EIO: {why}")
+        self._fs.tally.refused += 1
         self._dispatcher.refuse(ring, chain)
 
     def _watch_broker(self) -> None:
@@ -113,6 +119,15 @@ class EventLoop:
         if wanted != self._broker_interest:
             self._epoll.modify(self._broker.fileno(), wanted)
             self._broker_interest = wanted
+
+    def _hear_control(self) -> None:
+        """Control's death is the frontend's going: what the guest was promised is kept while there is a way to its memory."""
+        try:
+            self._rings.hear_control()
+        except ChannelClosed:
+            self._epoll.unregister(self._control.fileno())
+            del self._sources[self._control.fileno()]
+            self._rings.stop_all()
 
     def _hear_supervisor(self) -> None:
         received = self._supervisor.receive()

@@ -25,6 +25,7 @@ from vfsd.worker.files import Mount, Mounts, NodeFds, OpenFile, OpenFiles
 from vfsd.worker.io_pool import IoPool, Job
 from vfsd.worker.keepers import Keepers
 from vfsd.worker.request import Request
+from vfsd.worker.tally import Tally
 
 
 class Given(NamedTuple):
@@ -83,6 +84,7 @@ class FileSystem:
         self.nodes = NodeFds(most_files)
         self.mounts = Mounts()
         self.keepers = Keepers()
+        self.tally = Tally()
         self.active = False
         broker.listen(self.noticed)
 

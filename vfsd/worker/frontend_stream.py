@@ -57,10 +57,14 @@ class FrontendStream:
         self._header, self._payload, self._fds = b"", b"", []
         return message, fds
 
-    def send(self, reply: bytes) -> None:
-        """Replies are small and asked for one by one: a frontend whose buffer is full does not read them."""
+    def send(self, reply: bytes, fd: OwnedFd | None = None) -> None:
+        """Replies are small and asked for one by one: a frontend whose buffer is full does not read them. `fd` stays the caller's."""
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
         try:
-            sent = self._socket.send(reply, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            if fd is None:
+                sent = self._socket.send(reply, flags)
+            else:
+                sent = self._socket.sendmsg([reply], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd.fileno()]))], flags)
         except BlockingIOError:
             raise FrontendBreach("the frontend does not read its replies") from None
         except (BrokenPipeError, ConnectionResetError):

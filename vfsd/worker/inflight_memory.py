@@ -1,7 +1,11 @@
-"""The memory of in-flight tables: control makes it at start and keeps it, workers map it. Each vring has its own, for good.
+"""The memory of in-flight tables: which table each vring has, and a worker's view of one.
 
-A memfd that can neither grow nor shrink: a worker that was taken over can fill it, but it can neither fill the host's memory
-through it nor make its successor die of a page that is gone.
+Control makes one for each vring at start and keeps it. A frontend that negotiated INFLIGHT_SHMFD is given memory for the same
+tables, and hands it back when it connects again: then those are the tables. That memory is hostile: it must be sealed against
+shrinking, for a page that is gone would be a worker's death; what stands in it is InflightTable's to doubt.
+
+All are memfds that can neither grow nor shrink: a worker that was taken over can fill one, but it can neither fill the host's
+memory through it nor make its successor die of a page that is gone.
 """
 
 from __future__ import annotations
@@ -9,21 +13,40 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from typing import NamedTuple
 
 from vfsd.errors import FrontendBreach
-from vfsd.fds import OwnedFd
-from vfsd.wire.inflight import TABLE_BYTES, InflightTable
+from vfsd.fds import OwnedFd, sealed_memfd
+from vfsd.wire.inflight import TABLE_BYTES, TABLE_STRIDE_BYTES, InflightTable
 
-_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _MAX_START_NUMBER = 2**32 - 1
+
+
+class Start(NamedTuple):
+    """The start of a ring: its number, and where the ring's table is; `adopted`: what it says of an earlier connection holds."""
+
+    number: int
+    fd: OwnedFd
+    offset: int = 0
+    adopted: bool = False
+
+
+class _Buffer(NamedTuple):
+    """What the frontend handed over, for the first so many queues."""
+
+    fd: OwnedFd
+    offset: int
+    queues: int
 
 
 class InflightMemory:
     """Control's: to be made before its lock-down, which leaves it no call that makes a memfd."""
 
     def __init__(self, queues: int) -> None:
-        self._fds = [_sealed_memfd() for _ in range(queues)]
+        self._fds = [sealed_memfd("vfsd-inflight", TABLE_BYTES) for _ in range(queues)]
         self._starts = 0
+        self._buffer: _Buffer | None = None
+        self._seen: set[int] = set()  # queues that were started on this connection: what was taken of them since was completed
 
     def of(self, queue_index: int) -> OwnedFd:
         """To be lent to the worker that serves the queue."""
@@ -34,16 +57,52 @@ class InflightMemory:
         self._starts = self._starts % _MAX_START_NUMBER + 1
         return self._starts
 
+    def start(self, queue_index: int) -> Start:
+        """A ring is started: with the table that the frontend handed over, if there is one, which the first time is adopted."""
+        buffer, adopted = self._buffer, queue_index not in self._seen
+        self._seen.add(queue_index)
+        if buffer is None or queue_index >= buffer.queues:
+            return Start(self.next_start(), self.of(queue_index))
+        return Start(self.next_start(), buffer.fd, buffer.offset + TABLE_STRIDE_BYTES * queue_index, adopted)
+
+    def adopt(self, fd: OwnedFd, offset: int, size_bytes: int, queues: int) -> None:
+        """SET_INFLIGHT_FD, while no ring runs. Takes the descriptor, also when it raises FrontendBreach."""
+        try:
+            _check_buffer(fd, offset, size_bytes, queues)
+        except FrontendBreach:
+            fd.close()
+            raise
+        self._drop_buffer()
+        self._buffer = _Buffer(fd, offset, queues)
+
+    def forget_frontend(self) -> None:
+        """The one that handed tables over is gone."""
+        self._drop_buffer()
+        self._seen.clear()
+
+    def _drop_buffer(self) -> None:
+        if self._buffer is not None:
+            self._buffer.fd.close()
+            self._buffer = None
+
     def close(self) -> None:
+        self._drop_buffer()
         for fd in self._fds:
             fd.close()
 
 
-def _sealed_memfd() -> OwnedFd:
-    memfd = OwnedFd(os.memfd_create("vfsd-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-    os.ftruncate(memfd.fileno(), TABLE_BYTES)
-    fcntl.fcntl(memfd.fileno(), fcntl.F_ADD_SEALS, _SEALS)
-    return memfd
+def _check_buffer(fd: OwnedFd, offset: int, size_bytes: int, queues: int) -> None:
+    """That it is long enough is for the worker to check, which maps it: control has no call that tells."""
+    if offset % TABLE_STRIDE_BYTES:
+        raise FrontendBreach(f"in-flight tables at offset {offset:#x}, which is none that was given out")
+    if size_bytes < queues * TABLE_STRIDE_BYTES:
+        raise FrontendBreach(f"{size_bytes} bytes for the in-flight tables of {queues} queues, which take {TABLE_STRIDE_BYTES} each")
+    try:
+        seals = fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise FrontendBreach(f"the descriptor of in-flight tables is no memfd: {error.strerror}") from None
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise FrontendBreach("the memfd of in-flight tables is not sealed against shrinking")
 
 
 class MappedTable(InflightTable):
@@ -51,10 +110,13 @@ class MappedTable(InflightTable):
 
     __slots__ = ("_mapping",)
 
-    def __init__(self, fd: int) -> None:
-        if not os.preadv(fd, [bytearray(1)], TABLE_BYTES - 1):
-            raise FrontendBreach("an in-flight table in a file that is too short")
-        self._mapping = mmap.mmap(fd, TABLE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    def __init__(self, fd: int, offset: int = 0) -> None:
+        try:
+            if not os.preadv(fd, [bytearray(1)], offset + TABLE_BYTES - 1):
+                raise FrontendBreach("an in-flight table in a file that is too short")
+            self._mapping = mmap.mmap(fd, TABLE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+        except (ValueError, OverflowError) as error:  # an offset that no file has; mmap's own look at the file
+            raise FrontendBreach(f"an in-flight table cannot be mapped: {error}") from None
         super().__init__(memoryview(self._mapping))
 
     def close(self) -> None:

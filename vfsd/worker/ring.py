@@ -16,11 +16,11 @@ DRAIN_SECONDS = 5.0  # the frontend's main loop waits for GET_VRING_BASE
 
 
 class Stopping:
-    """A RingStop that waits for what is in flight, until `deadline` (time.monotonic())."""
+    """A RingStop that waits for what is in flight, until `deadline` (time.monotonic()). No `seq`: nobody asked for it."""
 
     __slots__ = ("deadline", "seq")
 
-    def __init__(self, seq: int, deadline: float) -> None:
+    def __init__(self, seq: int | None, deadline: float) -> None:
         self.seq = seq
         self.deadline = deadline
 
@@ -28,15 +28,16 @@ class Stopping:
 class Ring:
     """One started ring, the ring thread's alone."""
 
-    __slots__ = ("broken", "call", "err", "kick", "more", "queue", "stopping")
+    __slots__ = ("broken", "call", "err", "give_up", "kick", "more", "queue", "stopping")
 
-    def __init__(self, queue: Virtqueue, kick: OwnedFd | None, call: OwnedFd | None, err: OwnedFd | None) -> None:
+    def __init__(self, queue: Virtqueue, kick: OwnedFd | None, call: OwnedFd | None, err: OwnedFd | None, *, give_up: bool = False) -> None:
         self.queue = queue
         self.kick = kick
         self.call = call
         self.err = err
         self.more = True  # there may be something to pop
         self.broken = False
+        self.give_up = give_up  # what a dead worker had not completed hangs, and is answered EIO
         self.stopping: Stopping | None = None
 
     @property

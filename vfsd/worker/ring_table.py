@@ -35,6 +35,7 @@ class RingTable:
         self._rings: dict[int, Ring] = {}
         self._order: list[Ring] = []
         self._by_kick: dict[int, Ring] = {}
+        self.leaving = False
         self._handlers: dict[type[wire.ChannelMessage], Callable[[Any, list[OwnedFd]], None]] = {
             wire.MemoryClear: self._clear_memory,
             wire.MemoryAdd: self._add_memory,
@@ -108,13 +109,14 @@ class RingTable:
         if message.queue_index in self._rings:
             raise FrontendBreach(f"queue {message.queue_index} is already running")
         with fds.pop(0) as inflight:
-            table = MappedTable(inflight.fileno())
+            table = MappedTable(inflight.fileno(), message.table_offset)
         queue = Virtqueue(
             self._memory, message.queue_index, message.size, message.last_avail,
             message.desc_uva, message.avail_uva, message.used_uva, message.event_idx, table, message.start_number,
+            adopted=message.adopted,
         )  # fmt: skip
         kick, call, err = (fds.pop(0) if present else None for present in (message.has_kick, message.has_call, message.has_err))
-        ring = Ring(queue, kick, call, err)
+        ring = Ring(queue, kick, call, err, give_up=message.give_up)
         try:
             self._watch(ring)
         except OSError:
@@ -170,6 +172,20 @@ class RingTable:
         ring.stopping = Stopping(message.seq, time.monotonic() + DRAIN_SECONDS)
         self._dispatcher.end_lock_waits(ring)
 
+    def stop_all(self) -> None:
+        """Control is gone, and nobody waits for an answer: complete what was taken, and no more."""
+        self.leaving = True
+        for ring in self._order:
+            self._unwatch(ring)
+            if ring.stopping is None and not ring.broken:
+                self._dispatcher.end_lock_waits(ring)
+            ring.stopping = Stopping(None, time.monotonic() + DRAIN_SECONDS)
+
+    @property
+    def left(self) -> bool:
+        """Whether `stop_all` was called, and nothing more can be completed."""
+        return self.leaving and not self.draining
+
     def finish_stops(self, now: float) -> None:
         """Answer the stops that are drained, and those whose time is over."""
         for ring in self._order:
@@ -184,7 +200,8 @@ class RingTable:
         ring.close()
         del self._rings[ring.index]
         self._order = [self._rings[index] for index in sorted(self._rings)]
-        self._done(stopping.seq, ring.queue.last_avail)
+        if stopping.seq is not None:
+            self._done(stopping.seq, ring.queue.last_avail)
 
     def _give_up(self, ring: Ring, stopping: Stopping) -> None:
         """EIO to what waits for the broker; what a pool thread still writes into guest memory cannot be abandoned."""
@@ -194,6 +211,7 @@ class RingTable:
             self._finish(ring, stopping)
             return
         text = f"queue {ring.index}: {ring.queue.in_flight} requests hang in the host's file system for over {DRAIN_SECONDS:.0f} s"
-        self._control.send(wire.Refused(stopping.seq, wire.bounded(text)))
+        if stopping.seq is not None:
+            self._control.send(wire.Refused(stopping.seq, wire.bounded(text)))
         ring.stopping = None
         ring.report_broken()

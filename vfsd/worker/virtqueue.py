@@ -98,8 +98,8 @@ class Chain:
 class Virtqueue:
     """One started ring. It goes on from `last_avail` in the available ring and from the used.idx found in memory.
 
-    If the table says that this very start (`start_number`) was served before, by a worker that died, it goes on where that one
-    was instead: what was in flight comes out of `pop_recovered`. Numbers are taken from the clock at first, so that no later
+    If the table says that this very start (`start_number`) was served before, by a worker that died, or if the table is `adopted`
+    from the frontend, which kept it, it goes on where that one was instead: what was in flight comes out of `pop_recovered`. Numbers are taken from the clock at first, so that no later
     start, in whatever process, gives one again. The table is taken over.
 
     `index` is the vhost-user queue index, for messages. `close()` gives the rings' memory back; it must come before the
@@ -141,6 +141,8 @@ class Virtqueue:
         event_idx: bool,
         inflight: InflightTable,
         start_number: int,
+        *,
+        adopted: bool = False,
     ) -> None:
         self.inflight = inflight
         self._views: list[memoryview] = []
@@ -164,7 +166,7 @@ class Virtqueue:
         try:
             self._map_rings(desc_uva, avail_uva, used_uva)
             self._next_used = self._used[RING_IDX]
-            self._settle_inflight(start_number)
+            self._settle_inflight(start_number, adopted)
         except (FrontendBreach, GuestBreach):
             self.close()
             raise
@@ -188,12 +190,12 @@ class Virtqueue:
         entries = self._own(used[2 * RING_START : 2 * virtio_ring.used_event_position(size)])
         self._used_ring = self._own(entries.cast("I"))  # id, len, id, len, …
 
-    def _settle_inflight(self, start_number: int) -> None:
-        if not self.inflight.continues(start_number, self._size):
+    def _settle_inflight(self, start_number: int, adopted: bool) -> None:
+        if not self.inflight.continues(start_number, self._size, adopted_at=self._next_used if adopted else None):
             self.inflight.begin(start_number, self._size, self._next_used, self.last_avail)
             return
         self.resumed = True
-        heads, self.last_avail = self.inflight.recover(self._next_used)
+        heads, self.last_avail = self.inflight.recover(self._next_used, self._size, start_number)
         self._recovered.extend(heads)
         self._in_flight.update((head, Chain(head)) for head in heads)
 

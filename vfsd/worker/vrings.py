@@ -26,7 +26,6 @@ class Vring:
         self.err: OwnedFd | None = None
         self.kick: OwnedFd | None = None
         self.running = False  # a worker has it: only RingStop may change that
-        self.start_number = 0  # of its last start: a worker that goes on after another one's death is told the same
         self._forget_configuration()
 
     def _forget_configuration(self) -> None:

@@ -20,15 +20,19 @@ from vfsd.wire.channel import (
     ChannelMessage,
     Connection,
     Done,
+    InflightGiven,
+    KillWorker,
+    NeedInflight,
     NeedWorker,
     Refused,
     RingBroken,
     Stop,
+    bounded,
 )
 
-# RingStop drains for up to 5 s; and a worker that hangs should be found out by the supervisor first, and replaced. A frontend's
-# main loop waits for us meanwhile.
+# A worker that hangs should be found out by the supervisor first, and replaced. A frontend's main loop waits for us meanwhile.
 ANSWER_SECONDS = 20.0
+REPLACED_SECONDS = 10.0  # for a worker's death and its successor's start: Python's, on a busy machine
 _SEQ_MASK = 2**32 - 1
 
 
@@ -42,6 +46,10 @@ class WorkerRefused(Exception):
 
 class WorkerFailed(Exception):
     """A worker does not answer, or what it says cannot be: the device cannot go on."""
+
+
+class WorkerSilent(WorkerFailed):
+    """A worker has not answered in the time it had."""
 
 
 class WorkerLost(WorkerFailed):
@@ -66,11 +74,13 @@ class WorkerLinks:
 
     def __init__(self, supervisor: Channel) -> None:
         self.supervisor = supervisor
-        self.on_broken: Callable[[int, str], None] = _ignore
+        self.on_broken: Callable[[int, str], None] = ignore
         self.connection: OwnedFd | None = None  # handed over, not yet taken by the main loop
+        self._given: OwnedFd | None = None  # memory that was asked for
         self.arrived: set[int] = set()  # workers that nobody has looked at yet; some may replace a dead one
         self._links: dict[int, WorkerLink] = {}
         self._asked_for: set[int] = set()
+        self._killed: set[int] = set()  # at our wish, and not replaced yet
 
     def __iter__(self) -> Iterator[WorkerLink]:
         return iter(list(self._links.values()))
@@ -85,23 +95,48 @@ class WorkerLinks:
     def get(self, index: int) -> WorkerLink:
         """The link to this worker, waited for if it has been asked for only now, or is being replaced."""
         self.need(index)
-        deadline = time.monotonic() + ANSWER_SECONDS
+        killed = index in self._killed
+        deadline = time.monotonic() + (REPLACED_SECONDS if killed else ANSWER_SECONDS)
+        what = f"worker {index} was killed, and does not die" if killed else f"worker {index} was not started"
         while index not in self._links:
-            self._wait([self.supervisor.fileno()], deadline, f"worker {index} was not started")
+            self._wait([self.supervisor.fileno()], deadline, what)
             self.hear_supervisor()
         return self._links[index]
 
-    def ask(self, link: WorkerLink, make: Callable[[int], ChannelMessage], fds: Sequence[OwnedFd] = ()) -> int:
+    def replace(self, index: int, why: str) -> None:
+        """Have a worker killed, and its successor come: only when the kernel says that the worker has ended. `get` waits for that."""
+        self.arrived.discard(index)
+        self._killed.add(index)
+        link = self._links.pop(index, None)
+        if link is not None:
+            link.channel.close()
+        if not self.supervisor.send(KillWorker(index, bounded(why))):
+            raise WorkerFailed("the supervisor does not read its channel")
+
+    def inflight_memory(self, queues: int) -> OwnedFd:
+        """Fresh memory for the in-flight tables of so many queues."""
+        if not self.supervisor.send(NeedInflight(queues)):
+            raise WorkerFailed("the supervisor does not read its channel")
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while self._given is None:
+            self._wait([self.supervisor.fileno()], deadline, "the supervisor gave no memory")
+            self.hear_supervisor()
+        given, self._given = self._given, None
+        return given
+
+    def ask(
+        self, link: WorkerLink, make: Callable[[int], ChannelMessage], fds: Sequence[OwnedFd] = (), seconds: float | None = None
+    ) -> int:
         """Send `make(seq)` and wait for its answer's number. Raises WorkerRefused, WorkerFailed or StopAsked."""
         seq = link.next_seq()
         message = make(seq)
-        what = f"worker {link.index} did not answer {type(message).__name__}"
+        what = f"worker {link.index} did not answer {type(message).__name__} in time"
         try:
             if not link.channel.send(message, fds):
                 raise WorkerFailed(f"worker {link.index} does not read its control socket")
         except ChannelClosed:
             raise self._lost(link) from None
-        deadline = time.monotonic() + ANSWER_SECONDS
+        deadline = time.monotonic() + (ANSWER_SECONDS if seconds is None else seconds)
         while True:
             ready = self._wait([link.channel.fileno(), self.supervisor.fileno()], deadline, what)
             if self.supervisor.fileno() in ready:
@@ -133,8 +168,11 @@ class WorkerLinks:
                     self._links[index].channel.close()
                 self._links[index] = WorkerLink(index, Channel.from_fd(received.fds[0], WORKER_TO_CONTROL))
                 self.arrived.add(index)
+                self._killed.discard(index)
             case Connection() if self.connection is None:
                 self.connection = received.fds[0]
+            case InflightGiven() if self._given is None:
+                self._given = received.fds[0]
             case Stop():
                 raise StopAsked
             case _:
@@ -144,8 +182,9 @@ class WorkerLinks:
         for link in self:
             link.channel.close()
         self._links.clear()
-        if self.connection is not None:
-            self.connection.close()
+        for fd in (self.connection, self._given):
+            if fd is not None:
+                fd.close()
 
     def _next_answer(self, link: WorkerLink) -> Done | Refused | None:
         """One message of this worker: an answer is returned, a RingBroken passed on. None if there was no answer."""
@@ -178,7 +217,7 @@ class WorkerLinks:
             ready = {fd for fd, _ in poller.poll(left * 1000)}
             if ready:
                 return ready
-        raise WorkerFailed(f"{what} within {ANSWER_SECONDS:.0f} s")
+        raise WorkerSilent(what)
 
 
 def _value(link: WorkerLink, answer: Done | Refused, seq: int) -> int:
@@ -189,5 +228,5 @@ def _value(link: WorkerLink, answer: Done | Refused, seq: int) -> int:
     return answer.value
 
 
-def _ignore(_queue_index: int, _text: str) -> None:
-    return
+def ignore(_queue_index: int, _text: str) -> None:
+    """There is no device that could have a broken ring."""

@@ -25,6 +25,7 @@ from tests.support.frontend.vhost_user_client import (
 if TYPE_CHECKING:
     from tests.support.frontend.sequences import Frontend
 
+INFLIGHT = struct.Struct("<QQHH4x")  # padded as C has it
 DEFAULT_FEATURES = Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES
 
 
@@ -51,6 +52,8 @@ class Device:
         self.protocol_features = ProtocolFeature(0)
         self.queue_num = 0
         self._backend_channel: list[socket.socket] = []
+        self.inflight_fd: int | None = None
+        self.inflight = (0, 0, 0, 0)
 
     def attach(self, frontend: Frontend) -> Self:
         frontend.realize(self)
@@ -62,12 +65,25 @@ class Device:
         if self.closed:
             return
         self.closed = True
-        self.client.close()
-        for sock in self._backend_channel:
-            sock.close()
+        self.disconnect()
+        self.forget_inflight()
         for ring in self.rings:
             ring.close()
         self.ram.close()
+
+    def disconnect(self) -> None:
+        """The connection ends; the guest, its memory and its rings are still there."""
+        self.client.close()
+        for sock in self._backend_channel:
+            sock.close()
+        self._backend_channel.clear()
+
+    def reconnect(self, path: str) -> None:
+        """Another connection for the same guest."""
+        self.disconnect()
+        self.client = VhostUserClient(path)
+        for ring in self.rings:
+            ring.backend = self.client.sock
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +131,23 @@ class Device:
 
     def remove_region(self, region: Region) -> None:
         self._send(Request.REM_MEM_REG, single_region(region), need=True)
+
+    def get_inflight(self) -> None:
+        """Fresh in-flight tables, of which the frontend keeps the descriptor."""
+        self.forget_inflight()
+        asked = INFLIGHT.pack(0, 0, len(self.rings), self.rings[0].size)
+        payload, self.inflight_fd = self.client.call_with_fd(Request.GET_INFLIGHT_FD, asked)
+        self.inflight = INFLIGHT.unpack(payload)
+
+    def set_inflight(self, *, need: bool = False) -> None:
+        if self.inflight_fd is None:
+            raise AssertionError("there are no in-flight tables")
+        self._send(Request.SET_INFLIGHT_FD, INFLIGHT.pack(*self.inflight), (self.inflight_fd,), need=need)
+
+    def forget_inflight(self) -> None:
+        if self.inflight_fd is not None:
+            os.close(self.inflight_fd)
+            self.inflight_fd = None
 
     def set_num(self, ring: Ring, *, need: bool = False) -> None:
         self._send(Request.SET_VRING_NUM, vring_state(ring.index, ring.size), need=need)

@@ -132,6 +132,14 @@ class CloudHypervisor:
         device.get_queue_num()
 
     def start(self, device: Device) -> None:
+        device.forget_inflight()
+        self._start(device)
+
+    def reconnect(self, device: Device, path: str) -> None:
+        """It lost the connection while the guest ran: as at the start, with the in-flight tables it was given, from avail.idx on."""
+        device.reconnect(path)
+        self.realize(device)
+        device.bases = [ring.avail_idx for ring in device.rings]
         self._start(device)
 
     def _start(self, device: Device) -> None:
@@ -139,6 +147,10 @@ class CloudHypervisor:
         device.set_mem_table(need=True)
         for ring in device.rings:
             device.set_num(ring, need=True)
+        if ProtocolFeature.INFLIGHT_SHMFD in device.protocol_features:
+            if device.inflight_fd is None:
+                device.get_inflight()
+            device.set_inflight(need=True)
         for ring in device.rings:
             device.set_addr(ring, need=True)
             device.set_base(ring, need=True)
@@ -155,6 +167,13 @@ class CloudHypervisor:
 
     def cont(self, device: Device) -> None:
         self._start(device)
+
+
+class CloudHypervisorWithoutInflight(CloudHypervisor):
+    """As one that does not keep in-flight tables."""
+
+    name = "cloud-hypervisor without INFLIGHT_SHMFD"
+    protocol_features = CloudHypervisor.protocol_features & ~ProtocolFeature.INFLIGHT_SHMFD
 
 
 class UserModeLinux:
@@ -204,5 +223,6 @@ class UserModeLinux:
 QEMU_7_2 = Qemu72()
 QEMU_10 = Qemu10()
 CLOUD_HYPERVISOR = CloudHypervisor()
+CLOUD_HYPERVISOR_WITHOUT_INFLIGHT = CloudHypervisorWithoutInflight()
 USER_MODE_LINUX = UserModeLinux()
 FRONTENDS: tuple[Frontend, ...] = (QEMU_7_2, QEMU_10, CLOUD_HYPERVISOR, USER_MODE_LINUX)

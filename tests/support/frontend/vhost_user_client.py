@@ -45,6 +45,7 @@ class Request(IntEnum):
     GET_CONFIG = 24
     SET_CONFIG = 25
     GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
     RESET_DEVICE = 34
     GET_MAX_MEM_SLOTS = 36
     ADD_MEM_REG = 37
@@ -144,6 +145,17 @@ class VhostUserClient:
         if reply.request != request or reply.flags != VERSION | REPLY:
             raise BackendRefused(f"asked {Request(request).name}, answered {reply}")
         return reply.payload
+
+    def call_with_fd(self, request: int, payload: bytes = b"") -> tuple[bytes, int]:
+        """A request whose answer brings a descriptor, which is the caller's."""
+        self.tell(request, payload)
+        head, fds, _, _ = socket.recv_fds(self.sock, HEADER.size, 4)
+        if len(head) < HEADER.size:
+            raise BackendClosed(f"connection closed after {len(head)} of {HEADER.size} bytes")
+        answered, flags, size = HEADER.unpack(head)
+        if (answered, flags, len(fds)) != (request, VERSION | REPLY, 1):
+            raise BackendRefused(f"asked {Request(request).name}, answered {answered} with {len(fds)} descriptors")
+        return self._exactly(size), fds[0]
 
     def call_u64(self, request: int) -> int:
         payload = self.call(request)
