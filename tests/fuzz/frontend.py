@@ -23,11 +23,12 @@ from tests.support.broker import RecordingLog
 from vfsd.channel import Channel, close_all
 from vfsd.config import ControlConfig
 from vfsd.errors import GuestBreach
-from vfsd.fds import OwnedFd
+from vfsd.fds import OwnedFd, sealed_memfd
 from vfsd.log import DEBUG, ChildLog
 from vfsd.sandbox.lockdown import Confinement
 from vfsd.wire import channel as wire
 from vfsd.wire import vhost_user as vu
+from vfsd.wire.inflight import TABLE_STRIDE_BYTES
 from vfsd.worker.control import Control
 from vfsd.worker.device import FEATURES, PROTOCOL_FEATURES
 from vfsd.worker.inflight_memory import InflightMemory
@@ -155,6 +156,11 @@ class _World:
             match received.message:
                 case wire.NeedWorker(index):
                     self._add_worker(index)
+                case wire.KillWorker(index):
+                    self._add_worker(index)
+                case wire.NeedInflight(queues):
+                    with sealed_memfd("tables", queues * TABLE_STRIDE_BYTES) as memory:
+                        self._supervisor.send(wire.InflightGiven(), [memory])
                 case wire.FrontendGone() as gone:
                     self._gone.append(gone)
                 case wire.Log(level, _):

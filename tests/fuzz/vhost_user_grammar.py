@@ -10,7 +10,9 @@ import socket
 import struct
 
 from tests.fuzz.provider import Provider
+from vfsd.fds import sealed_memfd
 from vfsd.wire import vhost_user as vu
+from vfsd.wire.inflight import TABLE_STRIDE_BYTES
 from vfsd.worker.device import FEATURES, PROTOCOL_FEATURES
 
 REQUESTS = tuple(range(1, 44))
@@ -19,9 +21,10 @@ COMMON = (
     vu.VHOST_USER_REM_MEM_REG, vu.VHOST_USER_SET_VRING_NUM, vu.VHOST_USER_SET_VRING_BASE, vu.VHOST_USER_SET_VRING_ADDR,
     vu.VHOST_USER_SET_VRING_KICK, vu.VHOST_USER_SET_VRING_CALL, vu.VHOST_USER_SET_VRING_ERR, vu.VHOST_USER_SET_VRING_ENABLE,
     vu.VHOST_USER_GET_VRING_BASE, vu.VHOST_USER_RESET_DEVICE, vu.VHOST_USER_RESET_OWNER, vu.VHOST_USER_GET_CONFIG,
+    vu.VHOST_USER_GET_INFLIGHT_FD, vu.VHOST_USER_SET_INFLIGHT_FD,
 )  # fmt: skip
-FDS = ("ram", "eventfd", "pipe", "socket", "null", "directory", "huge", "empty", "path")
-RAM, EVENTFD, SOCKET = FDS.index("ram"), FDS.index("eventfd"), FDS.index("socket")
+FDS = ("ram", "eventfd", "pipe", "socket", "null", "directory", "huge", "empty", "path", "tables")
+RAM, EVENTFD, SOCKET, TABLES = FDS.index("ram"), FDS.index("eventfd"), FDS.index("socket"), FDS.index("tables")
 DESC, AVAIL, USED, DATA = 0x0, 0x4000, 0x8000, 0x10000  # where a correct frontend's driver has its ring, and a request
 _UVA = 0x7F00_0000_0000
 _MIB = 1 << 20
@@ -54,6 +57,8 @@ def make_fd(kind: str) -> int:
             return os.open("/", os.O_RDONLY | os.O_CLOEXEC)
         case "path":
             return os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
+        case "tables":
+            return sealed_memfd(kind, 3 * TABLE_STRIDE_BYTES).detach()
     fd = os.memfd_create(kind, os.MFD_CLOEXEC)
     os.ftruncate(fd, {"ram": _MIB, "huge": 1 << 62, "empty": 0}[kind])
     return fd
@@ -94,6 +99,11 @@ def make_payload(provider: Provider, request: int) -> tuple[bytes, list[int]]:
     if request in (vu.VHOST_USER_GET_CONFIG, vu.VHOST_USER_SET_CONFIG):
         size = provider.number(9)
         return struct.pack("<III", provider.number(9), size, 0) + bytes(size), []
+    if request in (vu.VHOST_USER_GET_INFLIGHT_FD, vu.VHOST_USER_SET_INFLIGHT_FD):
+        queues = provider.number(16) if provider.one_in(12) else 1 + provider.byte() % 3
+        size, offset = (provider.number(), provider.number()) if provider.one_in(12) else (queues * TABLE_STRIDE_BYTES, 0)
+        payload = struct.pack("<QQHH", size, offset, queues, 128) + bytes(4 * (provider.byte() % 2))
+        return payload, [_fd_kind(provider, TABLES)] if request == vu.VHOST_USER_SET_INFLIGHT_FD else []
     if request == vu.VHOST_USER_SET_BACKEND_REQ_FD:
         return b"", [SOCKET]
     return provider.blob(40) if provider.one_in(12) else b"", []

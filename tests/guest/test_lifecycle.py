@@ -14,6 +14,7 @@ from tests.support.guest.guest import QemuGuest
 from tests.support.guest.images import qemu_image
 from tests.support.guest.packages import TRIXIE
 
+DRIVER = "/sys/bus/virtio/drivers/virtiofs"
 GUESTS = [pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in ("uml", "qemu")]
 
 
@@ -75,6 +76,25 @@ def test_a_share_is_mounted_again_and_again(daemon: Daemon, kind: str) -> None:
             guest.unmount()
             counts.append(daemon.fd_count())
         assert counts[1:] == counts[1:2] * 4, "each mount leaves descriptors behind"
+
+
+@pytest.mark.parametrize("kind", GUESTS)
+def test_the_driver_is_unbound_and_bound_again(daemon: Daemon, kind: str) -> None:
+    """The guest resets the device and starts it anew, as at a reboot: vfsd serves on, and keeps nothing of before."""
+    with KINDS[kind]([daemon.socket]) as guest:
+        counts = []
+        for number in range(4):
+            guest.mount()
+            guest.call(probes.write_text, f"/mnt/{number}", "written")
+            assert len(guest.call(probes.names, "/mnt")) == number + 2
+            guest.unmount()
+            counts.append(daemon.fd_count())
+            (device,) = [name for name in guest.call(probes.names, DRIVER) if name.startswith("virtio")]
+            guest.call(probes.write_text, f"{DRIVER}/unbind", device)
+            guest.call(probes.write_text, f"{DRIVER}/bind", device)
+        guest.mount()
+        assert guest.call(probes.read_text, "/mnt/hello") == "from the host"
+        assert counts[1:] == counts[1:2] * 3, "each start leaves descriptors behind"
 
 
 @pytest.mark.qemu

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.support.frontend.checks import assert_same, eventually
+from tests.support.frontend.checks import NOT_FOUND, assert_same, eventually, eventually_stable, raises
 from tests.support.frontend.daemon import Options
 from tests.support.frontend.device import DEFAULT_FEATURES
 from tests.support.frontend.fuse_client import ROOT, FuseClient
@@ -110,6 +110,28 @@ def test_a_guest_that_reboots(serve, frontend):
         if baseline:
             served.daemon.wait_for_census(baseline)
         baseline = baseline or served.daemon.fd_census()
+    use(client, served.share)
+
+
+def test_a_driver_that_is_unbound_and_bound_again(serve, frontend):
+    """DESTROY, the rings stopped with nobody to start them for a while, and all from the start again."""
+    served = serve(tagged(frontend), frontend=frontend)
+    client, device = served.client, served.device
+    before = None
+    for _ in range(3):
+        entry, _opened = client.create(ROOT, b"file")
+        client.destroy()
+        frontend.stop(device)
+        if isinstance(frontend, type(QEMU_10)):
+            frontend.reset_device(device)
+        if before:
+            served.daemon.wait_for_census(before)
+        before = before or eventually_stable(served.daemon.fd_census)
+        device.reset_rings()
+        frontend.cont(device)
+        client.init()
+        with raises(*NOT_FOUND):
+            client.getattr(entry.nodeid)
     use(client, served.share)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,25 @@ def test_open_files_and_what_was_looked_up_outlive_a_worker(served):
         assert {client.result(one) for one in pending} == {b"content"}
         assert client.write(nodeid, fh, 7 + number, b"%d" % number) == 1
     assert set(worker_pids(served)).isdisjoint(before)
+    assert (served.share / "file").read_bytes() == b"content012"
+    assert served.unexpected_log() == []
+
+
+def test_a_spare_worker_takes_the_place_of_a_dead_one(serve):
+    served = serve(Options(extra=("--spare-workers=1",)))
+    client = served.client
+    (served.share / "file").write_bytes(b"content")
+    nodeid = client.lookup(ROOT, b"file").nodeid
+    fh = client.open(nodeid, os.O_RDWR).fh
+    for number in range(3):
+        assert eventually(lambda: len(worker_pids(served)) == 2, 20.0)
+        _, spare = worker_pids(served)
+        assert eventually(lambda spare=spare: "Seccomp_filters:\t2" in Path(f"/proc/{spare}/status").read_text(), 20.0)
+        pending = client.send_write(nodeid, fh, 7 + number, b"%d" % number)
+        kill_worker(served)
+        client.finish(pending)
+        assert client.read(nodeid, fh, 0, 7) == b"content"
+        assert spare in worker_pids(served)
     assert (served.share / "file").read_bytes() == b"content012"
     assert served.unexpected_log() == []
 

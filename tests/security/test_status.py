@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.as_user import User, command_as
+from tests.support.frontend.checks import eventually
 from tests.support.frontend.daemon import Daemon, Options, vfsd
 from tests.support.frontend.fuse_client import ROOT
 from tests.support.frontend.serving import start
@@ -127,6 +128,15 @@ def test_status_tells_the_truth_about_each_mode(tmp_path, capsys, extra):
     assert states(data, "NOT MET", "not visible") == set()
     assert states(data, "weaker") == MODES[extra]
     assert code == bool(MODES[extra])
+
+
+def test_a_spare_worker_is_confined_as_any_other(tmp_path, capsys):
+    with serving(tmp_path, "--spare-workers=1", "--keep-listening") as served:
+        assert eventually(lambda: any(each.name == "worker spare" for each in examine(served.daemon.pid).processes), 30.0)
+        code, data = status(capsys, str(served.daemon.socket))
+    assert states(data, "NOT MET", "not visible", "weaker") == set()
+    assert code == 0
+    assert data["counts"] == {"worker_deaths": 0, "control_deaths": 0, "replayed": 0, "refused": 0, "undecided": 0}
 
 
 @pytest.fixture(scope="module")
