@@ -4,7 +4,7 @@ import os
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.driver import DATA_AT, USED_AT, Driver
@@ -232,6 +232,7 @@ def test_whatever_stands_in_the_table_recovery_is_bounded(content, used_idx):
     assert 0 <= last_avail <= 0xFFFF
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # each example fills a table of 1.5 MB
 @given(
     header=st.tuples(
         st.integers(0, 2**64 - 1), st.sampled_from([1, 0, 2]), st.sampled_from([8, 0, 65535]), st.integers(0, 65535), st.integers(0, 20)

@@ -20,7 +20,7 @@ def options(*argv):
 
 
 def read_own():
-    return daemon._read_record(take_census(os.getpid(), list_root=False))
+    return daemon._read_record(os.getpid())
 
 
 def test_what_was_entered_is_found_among_the_descriptors():
