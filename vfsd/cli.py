@@ -251,6 +251,8 @@ def parse_options(argv: Sequence[str], given: Given = NOTHING_GIVEN) -> Options:
     _check_translation(parser, found)
     if found.seccomp_policy is not None and found.seccomp == "none":
         parser.error("argument --seccomp-policy: not allowed with argument --seccomp=none, which uses none")
+    if found.spare_workers and (found.fault_rules is not None or found.fault_socket is not None):
+        parser.error("argument --spare-workers: not allowed with faults: a rule knows a worker by its number, which a spare one has not")
     if found.allow_weak_policy and found.seccomp_policy is None:
         parser.error("argument --allow-weak-policy: is about --seccomp-policy, which is not given")
     handles: HandleMode = "prefer" if found.inode_file_handles == "fallback" else found.inode_file_handles

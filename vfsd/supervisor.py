@@ -94,9 +94,7 @@ class Supervisor:
         self._deaths = Deaths()
         self._leaving: set[Child] = set()  # workers whose control process died: they end by themselves
         self._leave_until = 0.0
-        # A fault rule knows a worker by its number, which a spare one has not.
-        spares = roles.options.spare_workers if faults is None else 0
-        self._spares = Spares(partial(make_worker, self._spawn, roles, None), spares)
+        self._spares = Spares(partial(make_worker, self._spawn, roles, None), roles.options.spare_workers)
         self._status: int | None = None
         self._accepting = False
         self._record = Record(roles.options, more_capabilities(roles.options))
