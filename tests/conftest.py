@@ -1,9 +1,10 @@
-"""For all tests: a known umask, and which tests run in one process when pytest runs several (`-n`): those that share fixtures."""
+"""For all tests: a known umask, inputs that are the same each time, and which tests run in one process when pytest runs several (`-n`): those that share fixtures."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 SHARED_FOR_LONG = ("servings", "file_system")  # fixtures that serve the tests of one parameter, in all files or in one
 UMASK = 0o022
@@ -11,6 +12,8 @@ UMASK = 0o022
 
 def pytest_configure() -> None:
     os.umask(UMASK)  # tests name modes; whoever starts them may have any
+    settings.register_profile("vfsd", deadline=None, derandomize=True, database=None)  # the same inputs each time, however long they take
+    settings.load_profile("vfsd")
 
 
 @pytest.fixture(autouse=True)

@@ -134,9 +134,13 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
+    # A signal that a test sends when its supervisor has ended already, for a reason that the test then tells, is nobody's.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     stage = Stage(tmp_path, monkeypatch)
     yield stage
     stage.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_frontend_comes_and_goes(stage):
