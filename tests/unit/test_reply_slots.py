@@ -331,6 +331,32 @@ def test_slots_are_bounded_and_the_oldest_answer_goes_first(bench, monkeypatch):
     assert MOST_SLOTS >= 4096
 
 
+def counted_by(bench, worker):
+    return [len(slot.counted or ()) for slot in bench.share.reply_slots._slots[worker].values()]
+
+
+def test_a_listing_without_end_is_counted_up_to_a_bound(bench, monkeypatch, tmp_path):
+    """A worker in hostile hands goes on with one listing for ever: the broker keeps no more of it, and answers as before."""
+    monkeypatch.setattr(reply_slots, "MOST_COUNTED_OF_LISTING", 8)
+    (tmp_path / "file").touch()
+    worker = bench.workers[0]
+    for _ in range(10):
+        assert len(worker.ask_once(wire.LookupMany(ROOT_NODEID, [b"file"] * 3), *SLOT).fields) == 3
+    assert counted_by(bench, 0) == [6]
+
+
+def test_listings_of_one_worker_are_counted_up_to_a_bound(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(reply_slots, "MOST_COUNTED_OF_WORKER", 8)
+    (tmp_path / "file").touch()
+    first, other = bench.workers[0], bench.add(1)
+    other.ask_once(wire.LookupMany(ROOT_NODEID, [b"file"]), *SLOT)
+    for head in range(9):
+        first.ask_once(wire.LookupMany(ROOT_NODEID, [b"file"]), head, 1)
+        assert sum(counted_by(bench, 0)) <= 8
+    assert counted_by(bench, 0)[-1] == 2, "the newest is known"
+    assert counted_by(bench, 1) == [2], "nobody else's are lost for it"
+
+
 def test_a_new_session_leaves_no_slot(bench):
     first = bench.workers[0]
     first.ask_once(wire.MkDir(ROOT_NODEID, b"a", 0o755, *ME), *SLOT)

@@ -6,7 +6,7 @@ message is the same request asked again: what is done is answered as before, wha
 message by the same number is another step of that request, or the guest has changed its request meanwhile.
 
 A listing's lookups are no answer to be repeated, for the directory may list other names by then: they are taken back, and
-looked up again.
+looked up again. Of too many we lose count: what a dead worker looked up beyond that stays known until the session ends.
 
 **Trust.** All of it comes from workers. A worker reaches the slots of its own index only, they are bounded, and what they hold
 it could have asked for anyway.
@@ -15,7 +15,7 @@ it could have asked for anyway.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vfsd.broker.answers import Answer
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 MOST_SLOTS = 4096  # of one worker: no honest one has so many requests at the broker (worker_link.MAX_UNANSWERED)
 
+# Numbers, of which a lookup takes two. Of one listing: above what fits in a reply of 1 MiB (6553 entries). Of all of one worker's.
+MOST_COUNTED_OF_LISTING = 1 << 15
+MOST_COUNTED_OF_WORKER = 1 << 18
 
 _MOST_GROUPS, _MOST_LABEL_BYTES = 64, 512  # kept as they are; of what is longer, a digest
 _LONG = frozenset({wire.LookupMany, wire.SetXattr, wire.SymLink, wire.MkNod, wire.MkDir, wire.Create, wire.TmpFile})
@@ -43,9 +46,10 @@ class Stored(NamedTuple):
 class Slot:
     """`stored` is None while it is being done; `waiter` is then who asked again."""
 
-    __slots__ = ("asker", "counted", "message", "number", "replaced", "stored", "undo", "waiter")
+    __slots__ = ("asker", "counted", "message", "number", "replaced", "stored", "undo", "waiter", "worker")
 
-    def __init__(self, number: int, asker: int, message: Any) -> None:
+    def __init__(self, worker: int, number: int, asker: int, message: Any) -> None:
+        self.worker = worker
         self.number = number
         self.asker = asker  # the serial of its link
         self.message = message
@@ -76,6 +80,7 @@ class ReplySlots:
         self._lock = threading.Lock()
         self._slots: dict[int, dict[int, Slot]] = {}  # by worker and place
         self._forgotten: dict[int, dict[int, tuple[int, int]]] = {}  # by worker and place: number, pairs done
+        self._counted: Counter[int] = Counter()  # by worker: at least as many numbers as its slots' `counted` hold
 
     def __len__(self) -> int:
         return sum(map(len, self._slots.values())) + sum(map(len, self._forgotten.values()))
@@ -90,7 +95,7 @@ class ReplySlots:
             slots = self._slots.get(link.index)
             if slots is None:
                 slots = self._slots[link.index] = {}
-            fresh = Slot(asked.number, link.serial, message)
+            fresh = Slot(link.index, asked.number, link.serial, message)
             slot = slots.pop(asked.place, None)
             if slot is not None and slot.number == asked.number and type(slot.message) is kind:
                 if kind is wire.LookupMany:
@@ -130,8 +135,20 @@ class ReplySlots:
         with self._lock:
             if slot.replaced:
                 return Rest(None, looked_up)
-            slot.counted = looked_up if slot.counted is None else slot.counted + looked_up
+            counted = slot.counted or []
+            if len(counted) + len(looked_up) <= MOST_COUNTED_OF_LISTING:
+                slot.counted = counted + looked_up
+                self._count(slot, len(looked_up))
             return None
+
+    def _count(self, slot: Slot, numbers: int) -> None:
+        """Under the lock. What other listings hold is mostly of requests that were completed long ago."""
+        self._counted[slot.worker] += numbers
+        if self._counted[slot.worker] > MOST_COUNTED_OF_WORKER:
+            for other in self._slots.get(slot.worker, {}).values():
+                if other is not slot:
+                    other.counted = None
+            self._counted[slot.worker] = len(slot.counted or ())
 
     def not_yet_forgotten(self, worker: int, message: wire.Forget) -> list[int]:
         """The pairs of a Forget that were not done for the same requests before."""
@@ -158,6 +175,7 @@ class ReplySlots:
         with self._lock:
             self._slots.clear()
             self._forgotten.clear()
+            self._counted.clear()
 
 
 def _shortened(message: Any) -> Any:
@@ -167,12 +185,12 @@ def _shortened(message: Any) -> Any:
     if type(message) is wire.SetXattr:
         return message._replace(value=_digest(message.value))
     if len(message.groups) > _MOST_GROUPS or len(message.label) > _MOST_LABEL_BYTES:
-        return message._replace(groups=_digest(tuple(message.groups)), label=_digest(message.label))
+        return message._replace(groups=_digest(repr(message.groups).encode()), label=_digest(message.label))
     return message
 
 
-def _digest(value: Hashable) -> bytes:
-    """Keyed by the interpreter, and only compared with others of this process."""
+def _digest(value: bytes) -> bytes:
+    """Keyed by the interpreter (as hashes of numbers are not), and only compared with others of this process."""
     return hash(value).to_bytes(8, "little", signed=True)
 
 
