@@ -24,9 +24,13 @@ class Heartbeat:
         """Whether its answer is waited for."""
         return self._asked_at is not None
 
+    def seconds_until_due(self, now: float) -> float:
+        """Until it is to be asked, unless it is being asked; 0 from then on."""
+        return max(0.0, self._heard_at + ASK_SECONDS - now)
+
     def due(self, now: float) -> bool:
         """Whether it is to be asked."""
-        return self._asked_at is None and now - self._heard_at >= ASK_SECONDS
+        return self._asked_at is None and not self.seconds_until_due(now)
 
     def asked(self, now: float) -> None:
         self._asked_at = now

@@ -20,9 +20,12 @@ class Vigil:
         self._watched_at = time.monotonic()
 
     def seconds(self, children: list[Child], *, hurry: bool = False) -> float:
-        """How long to sleep at most: longer while all is well, and there is no hurry."""
-        waiting = hurry or any(not child.ready or (child.heartbeat is not None and child.heartbeat.is_asked) for child in children)
-        return TICK_SECONDS if waiting else ASK_SECONDS
+        """How long to sleep at most: until the next worker is to be asked; less while there is a hurry, or something is waited for."""
+        hearts = [child.heartbeat for child in children if child.heartbeat is not None]
+        if hurry or any(heart.is_asked for heart in hearts) or not all(child.ready for child in children):
+            return TICK_SECONDS
+        now = time.monotonic()
+        return min([ASK_SECONDS, *(heart.seconds_until_due(now) for heart in hearts)])
 
     def watch(self, children: list[Child], now: float) -> None:
         """Ask workers whether they live, and kill those that do not answer."""
@@ -33,7 +36,8 @@ class Vigil:
                 continue
             if overslept:
                 heartbeat.forgive(now)
-            if heartbeat.due(now) and child.send(Ping()):
+            if heartbeat.due(now):
+                child.send(Ping())  # one that has closed its channel, or does not read it, gives no answer either
                 heartbeat.asked(now)
             if heartbeat.late(now) and not is_uninterruptible(child.pid):
                 self.kill(child, f"has not answered for {LATE_SECONDS:.0f} s")
