@@ -13,7 +13,9 @@ MOST_SUCCESSIVE = 5  # deaths of one worker, between which it completed nothing
 MOST_SUSPICIOUS = 3  # deaths of any workers, within a minute, by what looks like an attack that failed
 SUSPICIOUS_SECONDS = 60.0
 
-_SUSPICIOUS = (-signal.SIGSYS, -signal.SIGSEGV)
+# A forbidden call (that of abort(3) is one), and what a processor says to a jump to where it should not have gone. Not SIGBUS:
+# that is how memory that the frontend took away under a worker's hands is told.
+_SUSPICIOUS = (-signal.SIGSYS, -signal.SIGSEGV, -signal.SIGILL, -signal.SIGTRAP)
 
 
 class Deaths:

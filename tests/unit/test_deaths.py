@@ -37,12 +37,17 @@ def test_each_worker_has_its_own_count():
     assert "5 times" in die(deaths, index=0)
 
 
-@pytest.mark.parametrize("by", [-signal.SIGSYS, -signal.SIGSEGV])
+@pytest.mark.parametrize("by", [-signal.SIGSYS, -signal.SIGSEGV, -signal.SIGILL, -signal.SIGTRAP])
 def test_three_suspicious_deaths_within_a_minute_are_too_many_whatever_was_completed(by):
     deaths = Deaths()
     assert not die(deaths, by=by, completed=True, now=0.0)
     assert not die(deaths, by=by, completed=True, index=1, now=30.0)
     assert "within a minute" in die(deaths, by=by, completed=True, now=59.0)
+
+
+def test_memory_that_was_taken_away_is_no_attack():
+    deaths = Deaths()
+    assert not any(die(deaths, by=-signal.SIGBUS, completed=True) for _ in range(20))
 
 
 def test_three_suspicious_deaths_in_more_than_a_minute_are_not():
