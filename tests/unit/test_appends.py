@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 import pytest
 
@@ -116,6 +117,21 @@ def test_a_request_that_the_guest_has_changed_is_not_made(scene, monkeypatch):
     head = scene.die(monkeypatch, 100)
     assert scene.again(head, data=DATA + b"more").errno == errno.EIO
     assert scene.path.read_bytes() == BEFORE + DATA[:100]
+
+
+def test_the_ring_thread_does_not_wait_for_what_is_read_to_find_out(scene, monkeypatch):
+    """Nor is the file left open that was opened for it: see Scene.close."""
+    threads = []
+
+    def failing(*_args):
+        threads.append(threading.current_thread())
+        raise OSError(errno.EUCLEAN, "a bad block")
+
+    head = scene.die(monkeypatch, 100)
+    monkeypatch.setattr(os, "preadv", failing)
+    assert scene.again(head).errno == errno.EUCLEAN
+    assert threads
+    assert threading.current_thread() not in threads
 
 
 def test_a_worker_that_died_before_it_could_append_leaves_it_to_the_next(scene, monkeypatch):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Generator
+from functools import partial
 from typing import Any
 
 from vfsd.errors import ReplyErrno
@@ -42,10 +43,14 @@ def find_out(fs: FileSystem, request: Request, fh: int, noted: Append) -> Genera
         raise _untold(fs, "the guest has changed it")
     # The guest may have the file open for writing only, and for I/O of whole blocks.
     given: Given = yield wire.Open(request.nodeid, os.O_RDONLY)
+    readable_fh, traits, mount_key = given.fields
     with take_donation(given) as readable:
-        grown = filecalls.fstat(readable.fileno()).size - noted.size
-        there = _read(readable.fileno(), noted.size, min(grown, length)) if grown > 0 else b""
-    yield wire.Release(request.nodeid, given.fields[0])
+        try:  # on the pool: what reads from a disk or a server would hold up the ring thread, and all rings with it
+            grown, there = yield Job(mount_key, partial(_added, readable.fileno(), noted), bool(traits & wire.TRAIT_SLOW))
+        except OSError:
+            yield wire.Release(request.nodeid, readable_fh)
+            raise
+    yield wire.Release(request.nodeid, readable_fh)
     if grown < 0 or there != b"".join(request.data)[: len(there)] or len(there) < min(grown, length):
         raise _untold(fs, "others have written to the file")
     return len(there)
@@ -58,6 +63,12 @@ def rest_of(request: Request, done: int) -> list[memoryview]:
 
 def _length(request: Request) -> int:
     return sum(len(view) for view in request.data)
+
+
+def _added(fd: int, noted: Append) -> tuple[int, bytes]:
+    """By how much the file has grown since, and what stands there, as far as the append would have reached."""
+    grown = filecalls.fstat(fd).size - noted.size
+    return grown, _read(fd, noted.size, min(grown, noted.length)) if grown > 0 else b""
 
 
 def _read(fd: int, offset: int, length: int) -> bytes:
