@@ -59,6 +59,7 @@ from vfsd.wire.channel import (
     NeedInflight,
     NeedWorker,
     Ready,
+    Silent,
     Table,
 )
 from vfsd.wire.fault_channel import KillMe
@@ -275,14 +276,16 @@ class Supervisor:
                 self._manager.healthy()
             case KillMe():
                 child.kill()
-            case Breach(index, text):
-                self._end(1, f"worker {index} broke the broker's protocol: {decode_text(text)}")
             case _:
                 self._on_wish(message)
 
     def _on_wish(self, message: ChannelMessage) -> None:
-        """What control wants."""
+        """What control wants, and what the broker tells of a worker."""
         match message:
+            case Breach(index, text):
+                self._end(1, f"worker {index} broke the broker's protocol: {decode_text(text)}")
+            case Silent(index, text) if index in self._workers:
+                self._vigil.kill(self._workers[index], decode_text(text))
             case NeedWorker(index):
                 self._on_need_worker(index)
             case KillWorker(index, text) if index in self._workers:

@@ -133,3 +133,20 @@ def test_a_worker_that_hangs_is_replaced(served):
     served.wait_for_new_log("has not answered for 10 s and is killed")
     served.wait_for_new_log(REPLACED)
     assert worker_pids(served) != [pid]
+
+
+def test_a_worker_that_hangs_when_a_session_begins_is_replaced(serve):
+    served = serve(Options(request_queues=2), queues=3)
+    client = served.client
+    client.queue = 2
+    client.getattr(ROOT)
+    first, second = worker_pids(served)
+    os.kill(second, signal.SIGSTOP)
+    client.queue = 1
+    served.new_session()
+    served.wait_for_new_log("has not acknowledged a new session and is killed")
+    served.wait_for_new_log(REPLACED)
+    client.queue = 2
+    client.getattr(ROOT)
+    assert first in worker_pids(served)
+    assert second not in worker_pids(served)

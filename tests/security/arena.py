@@ -251,11 +251,15 @@ class Arena:
 
     def expect_breach(self, link: Link, text: str) -> None:
         """The broker has closed the link, told the supervisor whose it was and why, and logged it."""
+        self.expect_report(link, text)
+        self.broker.wait_for_log(f"worker {link.index} broke the broker protocol")
+        self.broker.log.clear()
+
+    def expect_report(self, link: Link, text: str) -> None:
+        """The broker has closed the link, and told the supervisor whose it was and why: that kills the worker, and says so."""
         link.read_to_end()
         link.close()
         assert text in self.broker.wait_for_breach(link.index)
-        self.broker.wait_for_log(f"worker {link.index} broke the broker protocol")
-        self.broker.log.clear()
         self.broker.breaches.clear()
 
     def close(self) -> None:

@@ -429,12 +429,12 @@ def test_a_worker_that_takes_no_descriptors_costs_the_broker_a_bounded_number(ar
 
 
 @pytest.mark.usefixtures("long_name")
-def test_a_worker_that_does_not_read_for_ten_seconds_is_in_breach(arena):
+def test_a_worker_that_does_not_read_for_ten_seconds_is_reported(arena):
     with arena.unharmed():
         link = arena.new_link()
         ask_without_reading(arena, link)
         assert "has not read" in arena.broker.wait_for_breach(link.index)
-        arena.expect_breach(link, "has not read")
+        arena.expect_report(link, "has not read")
 
 
 def test_a_flood_of_lock_waits_is_bounded_and_leaves_others_their_locks(arena, link):

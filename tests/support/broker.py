@@ -23,6 +23,7 @@ from vfsd.fds import OwnedFd
 from vfsd.log import ERROR, TRACE, WARNING, Logger
 from vfsd.wire import attr
 from vfsd.wire import broker_messages as wire
+from vfsd.wire.channel import Breach, Silent
 
 _FD_ROOM = socket.CMSG_SPACE(253 * array.array("i").itemsize)
 
@@ -267,6 +268,7 @@ class Bench:
     def __init__(self, path: Any, **settings: Any) -> None:
         self.log = RecordingLog()
         self.breaches: list[tuple[int, str]] = []
+        self.silent: list[tuple[int, str]] = []  # reported as not doing their part
         self.deaf = False  # the supervisor's channel is full
         self.server = Server(self.log, self._take_report)
         self._epoll = self.server.links._epoll
@@ -275,10 +277,10 @@ class Bench:
         self.server.serve(self.share)
         self.workers: list[FakeWorker] = []
 
-    def _take_report(self, worker: int, text: str) -> bool:
+    def _take_report(self, report: Breach | Silent) -> bool:
         if self.deaf:
             return False
-        self.breaches.append((worker, text))
+        (self.breaches if isinstance(report, Breach) else self.silent).append((report.worker_index, report.text.decode()))
         return True
 
     def add(self, index: int, *, greet: bool = True) -> FakeWorker:

@@ -18,7 +18,7 @@ from vfsd.filters import make_filters
 from vfsd.log import OFF, TRACE, StderrLog
 from vfsd.roles import make_roles
 from vfsd.wire import broker_messages as wire
-from vfsd.wire.channel import BROKER_TO_SUPERVISOR, AddWorker, Breach, Log, Ready
+from vfsd.wire.channel import BROKER_TO_SUPERVISOR, AddWorker, Breach, Log, Ready, Silent
 
 _PATIENCE_SECONDS = 30.0
 _NOFILE = 4096
@@ -57,7 +57,7 @@ class BrokerProcess:
             self.close()
             raise
 
-    def _hear(self, kind: type[Any]) -> Any:
+    def _hear(self, kind: type[Any] | tuple[type[Any], ...]) -> Any:
         """The next message of that kind; lines of the log are kept."""
         while True:
             received = self._child.channel.receive()
@@ -71,7 +71,7 @@ class BrokerProcess:
     def _note(self, message: Any) -> None:
         if isinstance(message, Log):
             self.log.append(str(message.text))
-        elif isinstance(message, Breach):
+        elif isinstance(message, (Breach, Silent)):
             self.breaches.append((message.worker_index, message.text.decode()))
 
     def introduce(self, index: int, link: socket.socket) -> None:
@@ -82,7 +82,7 @@ class BrokerProcess:
     def wait_for_breach(self, index: int) -> str:
         """What the broker reports of this worker."""
         while not (found := [text for worker, text in self.breaches if worker == index]):
-            self._hear(Breach)
+            self._hear((Breach, Silent))
         return found[0]
 
     def wait_for_log(self, text: str) -> str:

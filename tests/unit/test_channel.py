@@ -29,6 +29,7 @@ MESSAGES = [
     (wire.NeedWorker(1), wire.CONTROL_TO_SUPERVISOR),
     (wire.FrontendGone(b"", True), wire.CONTROL_TO_SUPERVISOR),
     (wire.Breach(2, b"bad tag"), wire.BROKER_TO_SUPERVISOR),
+    (wire.Silent(2, b"does not read"), wire.BROKER_TO_SUPERVISOR),
     (wire.IAmWell(), wire.BROKER_TO_SUPERVISOR),
     (wire.Ping(), wire.SUPERVISOR_TO_CHILD),
     (wire.Alive(), wire.WORKER_TO_SUPERVISOR),

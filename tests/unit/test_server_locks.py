@@ -158,7 +158,7 @@ def test_a_worker_that_does_not_say_so_is_ended(bench, worker, path, monkeypatch
     assert answer(worker, number) == 0
     deaf.read()
     assert deaf.gone
-    assert bench.breaches == [(1, "has not acknowledged that locks are in use")]
+    assert bench.silent == [(1, "has not acknowledged that locks are in use")]
 
 
 def test_a_session_that_ends_meanwhile_refuses_the_lock(bench, worker, path):

@@ -25,7 +25,7 @@ from vfsd.sandbox import capabilities, syscalls
 from vfsd.sandbox.lockdown import lock_down
 from vfsd.sandbox.memory import share_one_heap
 from vfsd.sandbox.namespaces import enter_share
-from vfsd.wire.channel import Breach, Ready, bounded
+from vfsd.wire.channel import Ready
 from vfsd.wire.id_map import IdMaps, make_id_maps
 
 POOL_THREADS = 16
@@ -45,7 +45,7 @@ def serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
     os.umask(0)
     ids = make_id_maps(config.translate_uid, config.translate_gid)
     credentials = _credentials(config, log, ids)
-    server = Server(log, lambda worker, text: _report(channel, worker, text))
+    server = Server(log, channel.send)
     watchdog = Watchdog(channel, server)
 
     def crashed(error: BaseException) -> NoReturn:
@@ -102,10 +102,6 @@ def _credentials(config: BrokerConfig, log: ChildLog, ids: IdMaps | None) -> Cre
             permitted, own, IdSquash(own, config.uid_map, config.gid_map, log, may_set_groups=config.confinement.may_drop_groups), ids
         )
     return Credentials(None, own, IdSquash(own, (), (), log), ids)
-
-
-def _report(channel: Channel, worker: int, text: str) -> bool:
-    return channel.send(Breach(worker, bounded(text)))
 
 
 if __name__ == "__main__":

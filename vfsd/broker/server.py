@@ -24,20 +24,21 @@ from vfsd.broker.worker_link import UNREAD_SECONDS, Outcome, Task, WorkerLink
 from vfsd.errors import ReplyErrno, WorkerBreach, drop_traceback
 from vfsd.log import ChildLog
 from vfsd.wire import broker_messages as wire
+from vfsd.wire.channel import Breach, Silent, bounded
 
 # Messages whose second field is a name in the directory that the first one names.
 _NAMING = {message for message in HANDLERS if message._fields[:2] == ("parent", "name")}
 
 
 class Server:
-    """Implements pool.Work. `report_breach(worker, text)` tells the supervisor; False if it cannot be told now."""
+    """Implements pool.Work. `report` tells the supervisor of a worker that is served no more; False if it cannot be told now."""
 
-    def __init__(self, log: ChildLog, report_breach: Callable[[int, str], bool]) -> None:
+    def __init__(self, log: ChildLog, report: Callable[[Breach | Silent], bool]) -> None:
         self._log = log
-        self._report_breach = report_breach
+        self._report = report
         self._share: Share | None = None
         self.links = Links(lambda index, sock: WorkerLink(index, sock, self.share.lock, self._still_granted))
-        self._unreported: deque[tuple[int, str]] = deque()
+        self._unreported: deque[Breach | Silent] = deque()
         self._condemned: deque[tuple[WorkerLink, str]] = deque()
         self._leader_calls: deque[Callable[[], None]] = deque()
         self._turn_link: WorkerLink | None = None
@@ -70,13 +71,16 @@ class Server:
 
     def _breach(self, link: WorkerLink, text: str) -> None:
         self._log.error(f"worker {link.index} broke the broker protocol: {text}")
-        self._unreported.append((link.index, text))
-        self.remove(link)
-        self._report()
+        self._give_up(link, Breach(link.index, bounded(text)))
 
-    def _report(self) -> None:
-        """Tell the supervisor of breaches: it ends those workers. What it does not take now comes again with the next tick."""
-        while self._unreported and self._report_breach(*self._unreported[0]):
+    def _give_up(self, link: WorkerLink, report: Breach | Silent) -> None:
+        self._unreported.append(report)
+        self.remove(link)
+        self._report_all()
+
+    def _report_all(self) -> None:
+        """The supervisor ends those workers. What it does not take now comes again with the next tick."""
+        while self._unreported and self._report(self._unreported[0]):
             self._unreported.popleft()
 
     def _still_granted(self, worker: int, outcome: Outcome) -> bool:
@@ -110,7 +114,7 @@ class Server:
         self.share.paths.sweep(now)
 
     def _condemn(self, link: WorkerLink, text: str) -> None:
-        """Have the leader end a link: a socket must not be closed under its hands."""
+        """Have the leader end the link of a worker that does not do its part: a socket must not be closed under its hands."""
         self._condemned.append((link, text))
         self.links.wake()
 
@@ -126,8 +130,8 @@ class Server:
         while self._condemned:
             link, text = self._condemned.popleft()
             if not link.closed:
-                self._breach(link, text)
-        self._report()
+                self._give_up(link, Silent(link.index, bounded(text)))
+        self._report_all()
 
     # --- pool.Work ---------------------------------------------------------------------------------------------------
 

@@ -185,6 +185,14 @@ class Breach(ChannelMessage):
 
 
 @dataclass(frozen=True, slots=True)
+class Silent(ChannelMessage):
+    """From the broker: this worker does not read or acknowledge what it must, and is no longer served. Another one may be."""
+
+    worker_index: int
+    text: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class IAmWell(ChannelMessage):
     """From the broker: requests are served, or all its threads wait for file systems of the host."""
 
@@ -340,6 +348,7 @@ _FROM_CONTROL = (
 _FROM_BROKER = (
     Row(21, Breach, (_WORKER, _TEXT)),
     Row(22, IAmWell),
+    Row(28, Silent, (_WORKER, _TEXT)),
 )
 _FROM_WORKER_UP = (
     Row(23, Completed),
