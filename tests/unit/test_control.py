@@ -265,6 +265,12 @@ def test_a_worker_that_does_not_answer_ends_the_connection(world, monkeypatch):
     assert b"worker 0 did not answer RingStart" in gone.text
 
 
+def test_a_worker_that_may_still_be_starting_has_longer_for_its_first_answer(world, monkeypatch):
+    monkeypatch.setattr(worker_links, "ANSWER_SECONDS", 0.0)
+    world.set_up()  # of which the first answer is one
+    assert b"worker 0 did not answer RingStart" in world.heard().text
+
+
 def test_a_worker_that_never_comes_ends_the_connection(world, monkeypatch):
     monkeypatch.setattr(worker_links, "ANSWER_SECONDS", 0.2)
     world.set_up(ring=2)

@@ -32,6 +32,9 @@ from vfsd.wire.channel import (
 
 # A worker that hangs should be found out by the supervisor first, and replaced. A frontend's main loop waits for us meanwhile.
 ANSWER_SECONDS = 20.0
+# To the first answer of one that may still be starting: whether that takes too long the supervisor decides (START_SECONDS there), and
+# then another one comes. On a machine that has no time to spare, 20 s are not much for an interpreter.
+FIRST_ANSWER_SECONDS = 40.0
 REPLACED_SECONDS = 10.0  # for a worker's death and its successor's start: Python's, on a busy machine
 _SEQ_MASK = 2**32 - 1
 
@@ -62,6 +65,7 @@ class WorkerLink:
     def __init__(self, index: int, channel: Channel) -> None:
         self.index = index
         self.channel = channel
+        self.answered = False
         self._seq = 0
 
     def next_seq(self) -> int:
@@ -136,7 +140,8 @@ class WorkerLinks:
                 raise WorkerFailed(f"worker {link.index} does not read its control socket")
         except ChannelClosed:
             raise self._lost(link) from None
-        deadline = time.monotonic() + (ANSWER_SECONDS if seconds is None else seconds)
+        most = ANSWER_SECONDS if link.answered else FIRST_ANSWER_SECONDS
+        deadline = time.monotonic() + (most if seconds is None else seconds)
         while True:
             ready = self._wait([link.channel.fileno(), self.supervisor.fileno()], deadline, what)
             if self.supervisor.fileno() in ready:
@@ -196,6 +201,7 @@ class WorkerLinks:
             raise WorkerFailed(f"worker {link.index} broke the protocol of its control socket: {error}") from error
         match received.message if received is not None else None:
             case Done() | Refused() as answer:
+                link.answered = True
                 return answer
             case RingBroken(queue_index, text):
                 self.on_broken(queue_index, decode_text(text))
