@@ -9,6 +9,7 @@ import pytest
 from tests.support.frontend.checks import eventually
 from tests.support.frontend.daemon import Options
 from tests.support.frontend.fuse_client import ROOT
+from tests.support.frontend.fuse_locks import WRITE, Locker
 from tests.support.frontend.mortality import REPLACED, kill_worker, worker_pids
 
 
@@ -150,3 +151,21 @@ def test_a_worker_that_hangs_when_a_session_begins_is_replaced(serve):
     client.getattr(ROOT)
     assert first in worker_pids(served)
     assert second not in worker_pids(served)
+
+
+def test_who_waits_for_a_lock_outlives_any_number_of_workers(served):
+    """It is no request that workers die of: the worker was done with it until the broker answers."""
+    client = served.client
+    (served.share / "file").touch()
+    nodeid = client.lookup(ROOT, b"file").nodeid
+    holder, waiter = (Locker(client, nodeid, client.open(nodeid, os.O_RDWR).fh, owner) for owner in (1, 2))
+    holder.lock(WRITE)
+    pending = waiter.send(WRITE)
+    for _ in range(3):
+        client.getattr(ROOT)  # behind it in the queue, or, after a death, run after it
+        kill_worker(served)
+    client.getattr(ROOT)
+    assert not pending.submission.done, pending.submission.reply
+    holder.unlock()
+    assert client.finish(pending) == b""
+    assert served.unexpected_log() == []

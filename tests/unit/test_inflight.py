@@ -14,6 +14,7 @@ from vfsd.wire import inflight
 from vfsd.wire.inflight import TABLE_BYTES, TABLE_STRIDE_BYTES, Append, InflightTable
 from vfsd.wire.virtio_ring import RING_IDX
 from vfsd.worker.inflight_memory import InflightMemory, MappedTable
+from vfsd.worker.virtqueue import Chain
 
 
 class Killed(BaseException):
@@ -192,6 +193,18 @@ def test_deaths_are_counted_for_one_taking_of_a_head(table):
     assert [table.count_death(3), table.count_death(3)] == [1, 2]
     table.take(3, 11)
     assert table.count_death(3) == 1
+
+
+def test_only_a_death_while_a_worker_is_at_the_request_counts(table):
+    table.begin(1, 8, 0, 0)
+    table.take(3, 100)
+    for answered in (False, False, True):
+        chain = Chain(3, 100, table, table.count_death(3))
+        assert chain.deaths == 1
+        chain.runs(False)  # it waits for the broker
+        if answered:
+            chain.runs(True)  # the broker has answered
+    assert table.count_death(3) == 2
 
 
 def test_deaths_stop_being_counted_and_do_not_wrap(table):

@@ -147,10 +147,13 @@ class InflightTable:
 
     def count_death(self, head: int) -> int:
         """A recovered head is about to be run again: by how many workers it was run that died before they completed it."""
-        position = HEADER_BYTES + ENTRY_BYTES * head + 1
-        deaths = min(self._bytes[position] + 1, 0xFF)
-        self._bytes[position] = deaths
+        deaths = min(self._bytes[HEADER_BYTES + ENTRY_BYTES * head + 1] + 1, 0xFF)
+        self.note_deaths(head, deaths)
         return deaths
+
+    def note_deaths(self, head: int, deaths: int) -> None:
+        """Of so many workers that died this request may be the cause, if the present one dies as well."""
+        self._bytes[HEADER_BYTES + ENTRY_BYTES * head + 1] = deaths
 
     # --- appends -------------------------------------------------------------------------------------------------------
 

@@ -44,7 +44,9 @@ class Operation:
         if self.replied:  # given up meanwhile
             if donated is not None:
                 donated.close()
-        elif error:
+            return
+        self.request.chain.runs(True)
+        if error:
             self.advance(None, ReplyErrno(error))
         else:
             self.advance(Given(fields, donated), None)
@@ -140,7 +142,9 @@ class Dispatcher:
         if isinstance(wish, Job):
             operation.on_pool = True
             self._pool.submit(wish, operation)
-        elif isinstance(wish, wire.SetLock) and wish.wait:
+            return
+        operation.request.chain.runs(False)  # however long that takes, and however many workers it outlives
+        if isinstance(wish, wire.SetLock) and wish.wait:
             if not self._lock_waits.ask(operation, wish):
                 operation.advance(None, ReplyErrno(errno.ENOLCK))
         elif isinstance(wish, wire.Forget):

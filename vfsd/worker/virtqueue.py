@@ -80,6 +80,14 @@ class Chain:
         self.readable_bytes = 0
         self.writable_bytes = 0
 
+    def runs(self, running: bool) -> None:
+        """Whether this worker is at the request, or somebody else is: if it dies now, the request is, or is not, what it dies of.
+
+        Only noted of one that a worker died of before: another one's first death is no reason for anything.
+        """
+        if self.deaths and self.inflight is not None:
+            self.inflight.note_deaths(self.head, self.deaths if running else self.deaths - 1)
+
     def release(self) -> bool:
         """Give the views back: from now on using one is a ValueError, not a write into memory the guest has put to other use.
 
