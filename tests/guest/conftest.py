@@ -24,7 +24,7 @@ from tests.support.guest.daemons import Daemon, daemon_under_test
 from tests.support.guest.guest import Guest
 
 SETTLE_SECONDS = 15.0
-collect_ignore = [] if FULL else ["test_systemd.py"]  # a guest of its own, and minutes
+collect_ignore = [] if FULL else ["test_systemd.py", "test_crashes_of_queues.py"]  # guests of their own, and minutes
 
 
 def pytest_report_header() -> str:
