@@ -9,8 +9,9 @@ GUEST ?= uml
 BIN := .venv/bin
 PYTEST_ARGS ?= -n auto
 SECONDS ?= 60
+KILLS_PER_SECOND ?= 2
 
-.PHONY: all packages venv guests format check test test-all fuzz fuzz-seeds coverage-record audit demo bench clean
+.PHONY: all packages venv guests format check test test-all fuzz fuzz-seeds coverage-record audit demo demo-crash soak bench clean
 all: check
 
 packages:                       # Debian packages, only those that are missing
@@ -47,6 +48,12 @@ fuzz-seeds: venv                # the seeds in tests/fuzz/corpus, written again 
 
 demo: venv                      # SHARE=directory GUEST=uml|qemu SHELL=1
 	@$(BIN)/python -m tools.demo --guest '$(GUEST)' $(if $(filter-out 0 no,$(GUEST_SHELL)),--shell)
+
+demo-crash: venv                # a guest copies a tree while its worker is killed: KILLS_PER_SECOND=n GUEST=uml|qemu
+	@$(BIN)/python -m tools.demo_crash --guest '$(GUEST)' --kills-per-second '$(KILLS_PER_SECOND)'
+
+soak: venv                      # as long as one likes: SECONDS=n KILLS_PER_SECOND=n GUEST=uml|qemu; or REQUESTS=n without a guest
+	@$(BIN)/python -m tools.soak $(if $(REQUESTS),--requests '$(REQUESTS)',--guest '$(GUEST)' --seconds '$(SECONDS)' --kills-per-second '$(KILLS_PER_SECOND)')
 
 bench: venv
 	@$(BIN)/python -m tools.bench $(BENCH_ARGS)
