@@ -113,7 +113,8 @@ def read_policy(path: str) -> tuple[dict[str, Any], str]:
         return tomllib.loads(text.decode()), hashlib.sha256(text).hexdigest()
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:  # the last: brackets in brackets
         mend = "reinstall vfsd, or use --seccomp=none" if path == POLICY_FILE else "give another file"
-        raise ConfigError(f"seccomp policy {path}: {error}; {mend}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"seccomp policy {path}: {reason}; {mend}") from error
 
 
 def missing_or_unknown_roles(roles: Iterable[str]) -> list[str]:
