@@ -1,5 +1,6 @@
 """`vfsdctl status` of daemons that run: all that docs/census.md expects is seen, in each mode it tells what is weaker, and what is wrong is found."""
 
+import errno
 import json
 import os
 import shutil
@@ -441,3 +442,12 @@ def test_without_namespaces_an_ordinary_users_is_weaker(capsys):
 def test_what_is_no_vfsd_is_said_to_be_none(capsys, name, said):
     assert run(["status", name.format(own_pid=os.getpid()), "--security"]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_who_may_not_read_the_pid_file_is_sent_to_root(monkeypatch, capsys):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("vfsd.tools.daemon.open", refuse, raising=False)
+    assert run(["status", "/run/vm1.sock"]) == 1
+    assert "cannot read /run/vm1.sock.pid: Permission denied; run this as root" in capsys.readouterr().err

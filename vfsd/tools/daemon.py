@@ -93,7 +93,8 @@ def supervisor_of_socket(name: str) -> int:
         with open(path, "rb") as file:
             text = file.read(32).strip()
     except OSError as error:
-        raise ConfigError(f"{name}: cannot read {path}: {error.strerror}; give the pid of a vfsd, or the path of its socket") from error
+        mend = "run this as root" if isinstance(error, PermissionError) else "give the pid of a vfsd, or the path of its socket"
+        raise ConfigError(f"{name}: cannot read {path}: {error.strerror}; {mend}") from error
     if not text.isdigit():
         raise ConfigError(f"{name}: {path} has no pid in it; give the pid of a vfsd, or the path of its socket")
     return int(text)
