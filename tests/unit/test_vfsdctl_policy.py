@@ -1,10 +1,12 @@
 """`vfsdctl policy`, as it is typed: what it prints and how it ends."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
+from tests.support.documents import TREE
 from vfsd.sandbox.seccomp import POLICY_FILE, load_policy
 from vfsd.sandbox.seccomp_policy import ARCHITECTURES, ROLES
 from vfsd.tools.vfsdctl import run
@@ -189,6 +191,13 @@ def test_emulate_gives_the_verdict_and_the_rule(ctl, architecture, argv, status,
     assert first.endswith(f"on {architecture}: {outcome}")
     assert second.startswith("decided by: ")
     assert rule_named in second
+
+
+def test_emulate_prints_what_the_readme_shows(ctl):
+    lines = (TREE / "README.md").read_text().splitlines()
+    typed = next(number for number, line in enumerate(lines) if line.startswith("$ vfsdctl policy emulate "))
+    out = ctl(*shlex.split(lines[typed])[3:], "--arch", "x86_64")[1].splitlines()
+    assert out[:2] == lines[typed + 1 : typed + 3]  # the third line counts instructions: libseccomp's versions differ
 
 
 def test_emulate_uses_the_constants_of_the_machine_asked_about(ctl):
