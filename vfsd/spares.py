@@ -44,7 +44,12 @@ def make_worker(spawn: Spawn, roles: Roles, index: int | None) -> Unintroduced:
             return roles.worker(index, channel_fd, *give)
 
         name = "worker spare" if index is None else f"worker {index}"
-        return Unintroduced(spawn(name, "vfsd.worker", WORKER_TO_SUPERVISOR, make_config, give), broker_end, control_end)
+        try:
+            return Unintroduced(spawn(name, "vfsd.worker", WORKER_TO_SUPERVISOR, make_config, give), broker_end, control_end)
+        except BaseException:
+            broker_end.close()
+            control_end.close()
+            raise
 
 
 class Spares:

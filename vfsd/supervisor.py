@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -26,12 +26,13 @@ from vfsd.channel import ChannelClosed
 from vfsd.children import CULPRIT_SECONDS, Child, find_killed, stop_all, wait_for_deaths
 from vfsd.config import RoleConfig
 from vfsd.deaths import Deaths
-from vfsd.errors import ChildBreach
+from vfsd.errors import ChildBreach, ConfigError
 from vfsd.fds import OwnedFd, sealed_memfd
 from vfsd.heartbeat import Heartbeat, is_half_dead
 from vfsd.kernel_log import KernelLog
 from vfsd.log import ERROR, StderrLog, decode_text
 from vfsd.record import Record, Report
+from vfsd.replacements import Replacements
 from vfsd.roles import Roles, more_capabilities
 from vfsd.sandbox.lockdown import lock_down
 from vfsd.service_manager import ServiceManager
@@ -96,6 +97,7 @@ class Supervisor:
         self._leaving: set[Child] = set()  # workers whose control process died: they end by themselves
         self._leave_until = 0.0
         self._spares = Spares(partial(make_worker, self._spawn, roles, None), roles.options.spare_workers)
+        self._replacements = Replacements(log)
         self._status: int | None = None
         self._accepting = False
         self._record = Record(roles.options, more_capabilities(roles.options))
@@ -138,7 +140,18 @@ class Supervisor:
         if not told and not self._look_for_deaths([self._broker, self._control]):
             self._end(1, f"worker {index} could not be introduced: broker or control do not read their channel")
         elif self._accepting and self._status is None:
-            self._spares.keep()
+            with suppress(ConfigError, OSError, MemoryError):  # the next death tries again
+                self._spares.keep()
+
+    def _replace_worker(self, index: int) -> None:
+        """What it takes to start one may be there again a moment later."""
+        try:
+            self._start_worker(index)
+        except (ConfigError, OSError, MemoryError) as error:
+            if reason := self._replacements.failed(index, error, time.monotonic()):
+                self._end(1, reason)
+        else:
+            self._replacements.started(index)
 
     def _spawn(self, role: str, module: str, accepts: Table, make_config: Callable[[int], RoleConfig], give: tuple[int, ...] = ()) -> Child:
         if self._faults is not None:
@@ -166,7 +179,8 @@ class Supervisor:
 
     def _loop(self) -> int:
         while self._status is None:
-            sleep, managers = self._vigil.seconds(self._children, hurry=bool(self._leaving)), self._manager.seconds()
+            sleep = self._replacements.seconds(self._vigil.seconds(self._children, hurry=bool(self._leaving)))
+            managers = self._manager.seconds()
             for key, _ in self._selector.select(timeout=sleep if managers is None else min(sleep, managers)):
                 key.data()
                 if self._status is not None:
@@ -185,6 +199,8 @@ class Supervisor:
             self._leave_until = math.inf
             for child in self._leaving:
                 self._vigil.kill(child, "does not let go of the frontend's memory")
+        for index in self._replacements.due(now):
+            self._replace_worker(index)
         seconds = LONGEST_START_SECONDS if self._manager.told and not self._accepting else START_SECONDS
         late = late_to_start(self._children, now, seconds)
         if late and not self._accepting:
@@ -299,7 +315,7 @@ class Supervisor:
         if index in self._workers or not 0 < index < self._roles.options.request_queues:
             self._end(1, f"control asked for worker {index}, which exists or must not exist")
         else:
-            self._start_worker(index)
+            self._replace_worker(index)
 
     def _on_need_inflight(self, queues: int) -> None:
         if not 0 < queues <= self._roles.options.request_queues + 1:
@@ -375,7 +391,7 @@ class Supervisor:
         else:
             self._record.count(worker_deaths=1)
             self._log.warning(f"{what}; another one takes its place")
-            self._start_worker(index)
+            self._replace_worker(index)
 
     def _leave(self) -> None:
         """Control is dead: workers complete what they have taken and end, for nobody could tell them of another frontend."""
@@ -384,6 +400,7 @@ class Supervisor:
             self._selector.unregister(self._endpoint.socket)
         self._leaving = set(self._workers.values())
         self._workers.clear()
+        self._replacements.forget()
         self._leave_until = time.monotonic() + LEAVE_SECONDS
         for child in self._leaving:
             child.heartbeat = None

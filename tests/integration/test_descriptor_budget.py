@@ -34,9 +34,11 @@ def serve_with_few(request, serve):
 
     def serve_with_few(**options):
         if request.param == "option":
-            return serve(Options(**options, extra=(f"--rlimit-nofile={LOW_LIMIT}",)))
-        served = serve(Options(**options), command=with_hard_limit)
-        served.expect_log("hard limit of 256 is used")
+            served = serve(Options(**options, extra=(f"--rlimit-nofile={LOW_LIMIT}",)))
+        else:
+            served = serve(Options(**options), command=with_hard_limit)
+            served.expect_log("hard limit of 256 is used")
+        served.expect_log("a request fails with ENFILE")
         return served
 
     return serve_with_few

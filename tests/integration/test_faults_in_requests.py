@@ -30,7 +30,7 @@ def daemon(tmp_path_factory):
 @pytest.fixture
 def served(daemon):
     daemon.log_mark = len(daemon.daemon.log)
-    daemon.expected_log[:] = [SPOKEN]
+    daemon.expected_log[:] = [SPOKEN, "a request fails with E"]
     daemon.client.queue = 1
     yield daemon
     clear_faults(daemon)

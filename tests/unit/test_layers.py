@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2] / "vfsd"
 
 # What a module may import of vfsd. The entry points (supervisor, cli, the roles' __main__) see more than the layers do.
 BASE = {"errors", "fds"}
-SUPPORT = BASE | {"wire", "channel", "log", "config", "role"}
+SUPPORT = BASE | {"wire", "channel", "log", "config", "role", "shortages"}
 ALLOWED = {
     "errors": set(),
     "fds": set(),
@@ -25,6 +25,7 @@ ALLOWED = {
     "channel": BASE | {"wire"},
     "log": BASE | {"wire", "channel"},
     "role": SUPPORT,
+    "shortages": {"log"},
     "record": {"fds", "config", "sandbox"},
     "tools": {"errors", "wire", "config", "sandbox", "cli_compat", "record", "faults", "tools"},
     # Children that inject faults are programs of their own: no other module of theirs knows of faults.
@@ -61,7 +62,7 @@ PATH_CALLS = {
     "replace", "link", "symlink", "chmod", "chown", "lchown", "mknod", "mkfifo", "truncate", "utime", "statvfs", "getxattr", "setxattr",
     "listxattr", "removexattr", "chdir", "chroot", "execv", "execve", "system", "popen", "posix_spawn", "fork",
 }  # fmt: skip
-CONFINED = ("broker", "worker", "wire", "errors", "fds", "channel", "log", "role", "sandbox.filecalls", "faults", "faulty")
+CONFINED = ("broker", "worker", "wire", "errors", "fds", "channel", "log", "role", "shortages", "sandbox.filecalls", "faults", "faulty")
 
 
 def modules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 from vfsd.broker.closer import Closer
@@ -17,7 +18,7 @@ from vfsd.broker.share import Settings, Share
 from vfsd.broker.watchdog import Watchdog
 from vfsd.broker.whereabouts import Whereabouts
 from vfsd.broker.worker_link import Task
-from vfsd.channel import Channel
+from vfsd.channel import Channel, ChannelClosed
 from vfsd.config import BrokerConfig, read_config
 from vfsd.log import ChildLog
 from vfsd.role import run_role
@@ -25,7 +26,7 @@ from vfsd.sandbox import capabilities, syscalls
 from vfsd.sandbox.lockdown import lock_down
 from vfsd.sandbox.memory import share_one_heap
 from vfsd.sandbox.namespaces import enter_share
-from vfsd.wire.channel import Ready
+from vfsd.wire.channel import Failed, Ready
 from vfsd.wire.id_map import IdMaps, make_id_maps
 
 POOL_THREADS = 16
@@ -48,8 +49,15 @@ def serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
     server = Server(log, channel.send)
     watchdog = Watchdog(channel, server)
 
+    reserve = [bytearray(64 << 10) for _ in range(16)]
+
     def crashed(error: BaseException) -> NoReturn:
-        log.bug("a thread", error)
+        reserve.clear()  # so that there is memory to say that there was none
+        if isinstance(error, MemoryError):
+            with suppress(ChannelClosed):
+                channel.send(Failed(b"no memory is left, of the host or within the limits of its process"))
+        else:
+            log.bug("a thread", error)
         os._exit(1)
 
     whereabouts = Whereabouts()

@@ -23,6 +23,7 @@ from vfsd.broker.whereabouts import NOWHERE, Place
 from vfsd.broker.worker_link import UNREAD_SECONDS, Outcome, Task, WorkerLink
 from vfsd.errors import ReplyErrno, WorkerBreach, drop_traceback
 from vfsd.log import ChildLog
+from vfsd.shortages import Shortages
 from vfsd.wire import broker_messages as wire
 from vfsd.wire.channel import Breach, Silent, bounded
 
@@ -36,6 +37,7 @@ class Server:
     def __init__(self, log: ChildLog, report: Callable[[Breach | Silent], bool]) -> None:
         self._log = log
         self._report = report
+        self._shortages = Shortages(log)
         self._share: Share | None = None
         self.links = Links(lambda index, sock: WorkerLink(index, sock, self.share.lock, self._still_granted))
         self._unreported: deque[Breach | Silent] = deque()
@@ -243,7 +245,12 @@ class Server:
 
     def _errno_of(self, task: Task, error: Exception) -> int:
         """The errno a request fails with; what nobody foresaw is a bug of ours, and logged."""
+        if isinstance(error, MemoryError):
+            self._shortages.note(errno.ENOMEM)
+            return errno.ENOMEM
         if isinstance(error, (ReplyErrno, OSError)) and error.errno:
+            if isinstance(error, OSError) or error.errno == errno.ENFILE:
+                self._shortages.note(error.errno)
             return error.errno
         self._log.bug(task.spec.message.__name__, error)
         return errno.EIO

@@ -535,11 +535,12 @@ REQUESTS = (
     Spec(45, LocksAck, (U64,), None, 0, in_session=False, resembles="–"),
 )  # fmt: skip
 
-# What must not be done twice, because it changes what the next one finds, or counts. Only these may have a slot. (Forget has its
-# own; locks may be asked for again, by the same owner; Release finds nothing the second time.)
+# What must not be done twice, because it changes what the next one finds, or counts, or is told an error that is told once (FSync,
+# SyncFs). Only these may have a slot. (Forget has its own; locks may be asked for again, by the same owner; Release finds nothing
+# the second time.)
 ONCE = frozenset({
     Lookup, LookupMany, SetAttr, SymLink, MkNod, MkDir, Unlink, RmDir, Rename, Link, Open, OpenDir, Create, TmpFile, FSync, Flush,
-    FAllocate, SetXattr, RemoveXattr, Ioctl,
+    SyncFs, FAllocate, SetXattr, RemoveXattr, Ioctl,
 })  # fmt: skip
 
 NOTICES: dict[int, type[Any]] = {1: SessionNotice, 2: DropFile, 3: DropNode, 4: LocksNotice}

@@ -13,6 +13,7 @@ from typing import Any
 
 from vfsd.errors import ReplyErrno, drop_traceback
 from vfsd.fds import TempFd
+from vfsd.shortages import Shortages
 from vfsd.wire import broker_messages as wire
 from vfsd.wire.fuse_abi import FUSE_INIT
 from vfsd.worker.file_system import FileSystem, Given, NoReply, Outcome, Placed
@@ -83,6 +84,7 @@ class Dispatcher:
     def __init__(self, fs: FileSystem, pool: IoPool) -> None:
         self._fs = fs
         self._pool = pool
+        self._shortages = Shortages(fs.log)
         self._lock_waits = LockWaits(fs.broker)
         self._waiting: set[Operation] = set()
         self._waiting_bytes = 0
@@ -129,8 +131,13 @@ class Dispatcher:
 
     def errno_of(self, raised: Exception) -> int:
         """The errno a request fails with; what nobody foresaw is logged."""
-        number = raised.errno if isinstance(raised, (ReplyErrno, OSError)) else None
-        if not number:
+        if isinstance(raised, MemoryError):
+            number: int | None = errno.ENOMEM
+        else:
+            number = raised.errno if isinstance(raised, (ReplyErrno, OSError)) else None
+        if number and not isinstance(raised, ReplyErrno):  # what the broker answered it has told of itself
+            self._shortages.note(number)
+        elif not number:
             self._fs.log.bug("a request handler", raised)
         drop_traceback(raised)
         return number or errno.EIO

@@ -145,10 +145,14 @@ def write(fs: FileSystem, request: Request) -> Outcome | Waiting:
     keeps = not write_flags & abi.FUSE_WRITE_KILL_SUIDGID
     again = request.chain.deaths > 0
 
+    from_cache = write_flags & abi.FUSE_WRITE_CACHE
+
     def work(fd: int) -> Written:
+        if from_cache:
+            return _written(fd, keeps, lambda: _write_back(fd, request.data, offset), again)
         return _written(fd, keeps, lambda: _write_all(fd, request.data, offset, 0), again)
 
-    if flags & os.O_APPEND and not write_flags & abi.FUSE_WRITE_CACHE:
+    if flags & os.O_APPEND and not from_cache:
         noted = noted_append(request)
         if noted is not None:
             return _append_again(fs, request, fh, noted, keeps)
@@ -205,7 +209,7 @@ class Written(NamedTuple):
 
     def length(self) -> int:
         if self.error:
-            raise ReplyErrno(self.error)
+            raise OSError(self.error, os.strerror(self.error))
         return self.done
 
 
@@ -231,15 +235,36 @@ def _restored(fs: FileSystem, group: Group, nodeid: int, fh: int, written: Writt
 
 
 def _write_all(fd: int, views: list[memoryview], offset: int, rwf: int) -> int:
-    """Write all of it; how much was written if an error came later: that error comes again with the guest's next write."""
+    """Write until the views are empty, or a call writes less than it was given: the guest asks for the rest, and is told why.
+
+    Were the rest tried here, an error of writing back, which the kernel tells a description once (O_SYNC), would be lost.
+    """
     done = 0
     while views:
+        batch = iov(views)
         try:
-            count = os.pwritev(fd, iov(views), offset + done, rwf)
+            count = os.pwritev(fd, batch, offset + done, rwf)
         except OSError:
             if done:
-                break
+                break  # a full disk is as full when the guest asks again
             raise
+        done += count
+        if count < sum(map(len, batch)):
+            break
+        views = advance(views, count)
+    return done
+
+
+def _write_back(fd: int, views: list[memoryview], offset: int) -> int:
+    """Write all of it, or fail: of its page cache the guest's kernel takes any count for all.
+
+    What a short count left out would be gone, and no fsync(2) of the guest's would say so.
+    """
+    done = 0
+    while views:
+        count = os.pwritev(fd, iov(views), offset + done)
+        if not count:
+            raise OSError(errno.EIO, "a write that writes nothing")
         done += count
         views = advance(views, count)
     return done
