@@ -17,7 +17,8 @@ QUIET_SECONDS: Final = 60.0
 WHAT: Final = {
     errno.EMFILE: "this process has no descriptor left (--rlimit-nofile)",
     errno.ENFILE: "open files: what the guest may have (--rlimit-nofile, --inode-file-handles=prefer), or the host's fs.file-max, is used up",
-    errno.ENOMEM: "memory: that of the host, or what the processes' limits allow, is used up",
+    # Once in a while the host's kernel answers open_by_handle_at(2) so, of a file that is being replaced.
+    errno.ENOMEM: "the memory of the host, or what the limits of its processes allow, is used up; now and then it is only a file that was just replaced",
     errno.ENOSPC: "the room of the host's storage is used up",
     errno.EDQUOT: "a quota of the host's storage is used up",
     errno.EIO: "an error of the host's storage",

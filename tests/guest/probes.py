@@ -654,3 +654,16 @@ def attempt(operation, path):
     except OSError as error:
         return error.errno
     return 0
+
+
+def write_and_sync(path, size):
+    """Of writing so much to a file in one open: the errnos of write(2), fsync(2), fsync(2) again, and close(2); 0 for none."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    found = []
+    for call in (lambda: os.write(fd, bytes(size)), lambda: os.fsync(fd), lambda: os.fsync(fd), lambda: os.close(fd)):
+        try:
+            call()
+            found.append(0)
+        except OSError as error:
+            found.append(error.errno)
+    return found

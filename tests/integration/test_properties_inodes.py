@@ -98,6 +98,7 @@ def attr_unless_gone(client, nodeid):
 def test_property_14_attributes_type_and_handle_are_of_one_inode(fs):
     """While the host replaces a name by another type of file, each answer fits together: size 1 is a symlink's."""
     fs.put("name")
+    fs.served.expect_log("a request fails with ENOMEM")  # see attr_unless_gone
     with subprocess.Popen([sys.executable, "-c", REPLACE, os.fsencode(fs.host), "30000"]) as replacing:
         seen = {}
         stale = 0
