@@ -69,6 +69,7 @@ class Difference:
     applies: Callable[[Facts], bool] = everywhere
     leaving_out: Callable[[str], str] | None = None  # explains it only if the records are equal without this
     on_host: str = ""  # what the host's record begins with
+    sure: Callable[[Facts], bool] = everywhere  # where it shows each time
 
     def explains(self, place: str, host: str, guest: str, facts: Facts) -> bool:
         if not self.applies(facts) or re.search(self.where, place) is None or not host.startswith(self.on_host):
@@ -133,6 +134,7 @@ DIFFERENCES = [
         "read(2) of an empty file, or at its end: the guest's kernel knows that there is nothing, and the host's access time stays",
         r"^walk ",
         leaving_out=without_access_times,
+        sure=lambda facts: "--cache=never" not in facts.options,
     ),
     Difference(
         "contents",
