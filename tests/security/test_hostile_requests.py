@@ -478,7 +478,7 @@ def test_a_new_session_does_not_wait_for_a_worker_that_does_not_acknowledge(tmp_
         before = arena.session
         assert arena.broker.ask(wire.SessionStart(0)).errno == 0
         assert arena.session == before + 1
-        arena.expect_breach(link, "not acknowledged")
+        arena.expect_report(link, "not acknowledged")
         assert arena.broker.lookup(b"file")
     finally:
         arena.close()
