@@ -49,7 +49,8 @@ def test_what_is_offered(unattached):
     assert device.get_features() == DEFAULT_FEATURES
     offered = device.client.call_u64(Request.GET_PROTOCOL_FEATURES)
     assert offered & BASE_PROTOCOL == BASE_PROTOCOL
-    unsupported = ProtocolFeature.CONFIG | ProtocolFeature.INFLIGHT_SHMFD | ProtocolFeature.STATUS | ProtocolFeature.DEVICE_STATE
+    assert offered & ProtocolFeature.INFLIGHT_SHMFD
+    unsupported = ProtocolFeature.CONFIG | ProtocolFeature.STATUS | ProtocolFeature.DEVICE_STATE
     assert offered & (unsupported | ProtocolFeature.LOG_SHMFD) == 0
     device.negotiate_protocol(BASE_PROTOCOL)
     assert device.get_queue_num() == 3
