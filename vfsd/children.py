@@ -52,6 +52,7 @@ class Child:
         self.ready = False
         self.started_at = time.monotonic()
         self.completed = False  # of a worker: whether it completed a request
+        self.breach = False  # of a worker: whether it broke the broker's protocol
         self.heartbeat: Heartbeat | None = None  # of a worker that serves
         self.returncode = 0  # meaningful once it is reaped
         self.syscall: int | None = None  # that its filter killed it for

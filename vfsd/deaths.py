@@ -10,7 +10,7 @@ import signal
 from collections import Counter, deque
 
 MOST_SUCCESSIVE = 5  # deaths of one worker, between which it completed nothing
-MOST_SUSPICIOUS = 3  # deaths of any workers, within a minute, by what looks like an attack that failed
+MOST_SUSPICIOUS = 3  # deaths of any workers, within a minute, by what looks like an attack, be it one that failed
 SUSPICIOUS_SECONDS = 60.0
 
 # A forbidden call (that of abort(3) is one), and what a processor says to a jump to where it should not have gone. Not SIGBUS:
@@ -25,10 +25,13 @@ class Deaths:
         self._successive: Counter[int] = Counter()
         self._suspicious: deque[float] = deque(maxlen=MOST_SUSPICIOUS)
 
-    def too_many(self, index: int, returncode: int, *, completed: bool, now: float) -> str:
-        """Note a death; `completed`: whether that worker had completed a request. Why it is not replaced, "" if it is."""
+    def too_many(self, index: int, returncode: int, *, completed: bool, now: float, breach: bool = False) -> str:
+        """Note a death. Why that worker is not replaced, "" if it is.
+
+        `completed`: whether it had completed a request; `breach`: whether it was killed for what it had sent to the broker.
+        """
         self._successive[index] = 1 if completed else self._successive[index] + 1
-        if returncode in _SUSPICIOUS:
+        if breach or returncode in _SUSPICIOUS:
             self._suspicious.append(now)
             if len(self._suspicious) == MOST_SUSPICIOUS and now - self._suspicious[0] < SUSPICIOUS_SECONDS:
                 return f"{MOST_SUSPICIOUS} workers died so within a minute"

@@ -298,8 +298,9 @@ class Supervisor:
     def _on_wish(self, message: ChannelMessage) -> None:
         """What control wants, and what the broker tells of a worker."""
         match message:
-            case Breach(index, text):
-                self._end(1, f"worker {index} broke the broker's protocol: {decode_text(text)}")
+            case Breach(index, text) if index in self._workers:
+                self._workers[index].breach = True
+                self._vigil.kill(self._workers[index], f"broke the broker's protocol ({decode_text(text)})")
             case Silent(index, text) if index in self._workers:
                 self._vigil.kill(self._workers[index], decode_text(text))
             case NeedWorker(index):
@@ -367,6 +368,7 @@ class Supervisor:
         if not how.startswith("was killed"):
             culprit, how = find_killed(child, how, self._children, (self._broker, self._control), self._kernel_log)
         self._drain(culprit)
+        self._drain(self._broker)  # a worker whose socket the broker has closed ends by itself; why is said there
         for line in culprit.last_words()[:-1]:
             culprit.lines.write(ERROR, line.encode())
         words = f": {culprit.last_words()[-1]}" if culprit.last_words() else ""
@@ -377,7 +379,9 @@ class Supervisor:
             index = _CONTROL
         if index is None or not self._accepting or self._status is not None:
             self._end(1, what)
-        elif reason := self._deaths.too_many(index, culprit.returncode, completed=culprit.completed, now=time.monotonic()):
+        elif reason := self._deaths.too_many(
+            index, culprit.returncode, completed=culprit.completed, breach=culprit.breach, now=time.monotonic()
+        ):
             self._end(1, f"{what}; it is not replaced: {reason}")
         else:
             self._replace(index, culprit, what)

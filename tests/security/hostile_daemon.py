@@ -1,9 +1,10 @@
-"""vfsd, with one of its children in hostile hands: argv is MODULE SCRIPT, then vfsd's own arguments.
+"""vfsd, with one of its children in hostile hands: argv is MODULE or MODULE#N, SCRIPT, then vfsd's own arguments.
 
-Everything else is the daemon as it is. The child of that module starts and confines itself as always, and plays the script
+Everything else is the daemon as it is. The child of that module (of several only the N-th that is started) starts and confines itself as always, and plays the script
 when it should begin to serve (`puppet.py`).
 """
 
+import itertools
 import sys
 from typing import NoReturn
 
@@ -15,11 +16,11 @@ ROLES = {"vfsd.worker": "worker", "vfsd.worker.control": "control"}
 
 
 def main() -> NoReturn:
-    hostile, script = sys.argv[1:3]
-    start = Child._command
+    (hostile, _, which), script = sys.argv[1].partition("#"), sys.argv[2]
+    start, starts = Child._command, itertools.count(1)
 
     def command(module: str, config_fd: int) -> list[str]:
-        if module != hostile:
+        if module != hostile or (next(starts) != int(which) if which else False):
             return start(module, config_fd)
         return [sys.executable, "-I", str(PUPPET), str(config_fd), ROLES[module], script]
 

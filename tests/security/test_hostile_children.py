@@ -6,12 +6,17 @@ unit/test_channel.py tries field by field; here is what becomes of the daemon.
 
 import os
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import msgpack
 import pytest
 
-from tests.support.frontend.daemon import Daemon, vfsd
+from tests.support.frontend.daemon import Daemon, Options, vfsd
+from tests.support.frontend.fuse_client import ROOT
+from tests.support.frontend.mortality import REPLACED, worker_pids
+from tests.support.frontend.serving import start as start_serving
 from vfsd.errors import ChildBreach
 from vfsd.wire import channel as wire
 
@@ -28,11 +33,20 @@ def start(folder: Path, module: str, *script: list[object]) -> Daemon:
     (folder / "secret").write_text("outside")
 
     def command(share, socket, options):
-        arguments = vfsd(share, socket, options)[3:]
-        program = f"import sys; sys.path.insert(0, {str(TOP)!r}); from tests.security.hostile_daemon import main; main()"
-        return [sys.executable, "-c", program, module, msgpack.packb(script).hex(), *arguments, "--num-request-queues=3"]
+        return [*hostile(module, *script)(share, socket, options), "--num-request-queues=3"]
 
     return Daemon(folder / "share", folder / "socket", command=command, wait=False)
+
+
+def hostile(module: str, *script: list[object]) -> Callable[[object, object, object], list[str]]:
+    """The command line of such a daemon, as Daemon takes it."""
+
+    def command(share, socket, options):
+        arguments = vfsd(share, socket, options)[3:]
+        program = f"import sys; sys.path.insert(0, {str(TOP)!r}); from tests.security.hostile_daemon import main; main()"
+        return [sys.executable, "-c", program, module, msgpack.packb(script).hex(), *arguments]
+
+    return command
 
 
 def check_outside(folder: Path) -> None:
@@ -82,8 +96,12 @@ ENDS = {
     "worker: descriptors to control": (
         WORKER, [["send", "control", message(wire.RingBroken(0, b"x")), [0]]], "worker 0 broke the protocol of its control socket"
     ),
-    "worker: a breach of the broker's protocol": (WORKER, [["send", "broker", b"\xc1"]], "worker 0 broke the broker's protocol: not a msgpack packet"),
-    "worker: nothing at all in a packet to the broker": (WORKER, [["send", "broker", b""]], "worker 0 broke the broker's protocol: sent an empty packet"),
+    "worker: a breach of the broker's protocol": (
+        WORKER, [["send", "broker", b"\xc1"]], r"worker 0 .* broke the broker's protocol \(not a msgpack packet .*\) and is killed"
+    ),
+    "worker: nothing at all in a packet to the broker": (
+        WORKER, [["send", "broker", b""]], r"worker 0 .* broke the broker's protocol \(sent an empty packet\) and is killed"
+    ),
     "worker: a system call it has not": (WORKER, [["syscall", 59, b"/bin/sh", 0, 0]], "worker 0 .* was killed by SIGSYS"),
     "control: worker 0 again": (CONTROL, [["send", "supervisor", message(wire.NeedWorker(0))]], "control asked for worker 0, which exists"),
     "control: a worker beyond the last": (CONTROL, [["send", "supervisor", message(wire.NeedWorker(3))]], "control asked for worker 3, which .*must not exist"),
@@ -105,6 +123,24 @@ def test_it_ends_with_a_reason_that_names_the_offender(tmp_path, attack):
         assert daemon.wait() == 1
         assert not any("\x1b" in line or "Traceback" in line for line in daemon.log)
     check_outside(tmp_path)
+
+
+def test_a_worker_that_breaks_the_brokers_protocol_is_killed_and_others_are_served_on(tmp_path):
+    """The second worker that is started, and only that one: its successor is as it should be."""
+    (tmp_path / "secret").write_text("outside")
+    with closing(
+        start_serving(tmp_path, Options(request_queues=2), command=hostile("vfsd.worker#2", ["send", "broker", b"\xc1"]), queues=3)
+    ) as served:
+        served.expect_log("broke the broker")
+        served.expect_log(REPLACED)
+        assert served.daemon.wait_for_log(r"worker 1 .* broke the broker's protocol \(not a msgpack packet")
+        assert served.daemon.wait_for_log(f"worker 1 .*{REPLACED}")
+        client = served.client
+        for client.queue in (1, 2):
+            assert client.getattr(ROOT).attr.nlink
+        assert len(worker_pids(served)) == 2
+    assert sorted(os.listdir(tmp_path / "share")) == []
+    assert (tmp_path / "secret").read_text() == "outside"
 
 
 # What a worker does not survive, sent by control: before vfsd serves that is the end, later the worker is replaced.

@@ -9,8 +9,8 @@ from vfsd.deaths import Deaths
 KILLED = -signal.SIGKILL
 
 
-def die(deaths, *, index=0, by=KILLED, completed=False, now=0.0):
-    return deaths.too_many(index, by, completed=completed, now=now)
+def die(deaths, *, index=0, by=KILLED, completed=False, now=0.0, breach=False):
+    return deaths.too_many(index, by, completed=completed, now=now, breach=breach)
 
 
 def test_the_fifth_successive_death_without_a_completion_is_the_last():
@@ -43,6 +43,11 @@ def test_three_suspicious_deaths_within_a_minute_are_too_many_whatever_was_compl
     assert not die(deaths, by=by, completed=True, now=0.0)
     assert not die(deaths, by=by, completed=True, index=1, now=30.0)
     assert "within a minute" in die(deaths, by=by, completed=True, now=59.0)
+
+
+def test_a_breach_of_the_brokers_protocol_is_suspicious_however_its_worker_died():
+    deaths = Deaths()
+    assert [bool(die(deaths, completed=True, breach=True, now=float(now))) for now in range(3)] == [False, False, True]
 
 
 def test_memory_that_was_taken_away_is_no_attack():

@@ -450,10 +450,22 @@ def test_a_child_that_breaks_the_channels_protocol_ends_everything(stage):
     assert stage.last_line().startswith("worker 0 broke the protocol of its supervisor channel: message tag 19")
 
 
-def test_a_worker_that_breaks_the_brokers_protocol_ends_everything(stage):
-    stage.scripts["vfsd.broker"] = "say(Ready()); say(Breach(0, b'unknown tag')); idle()"
-    assert stage.run(act=lambda: None) == 1
-    assert stage.last_line() == "worker 0 broke the broker's protocol: unknown tag"
+def test_a_worker_that_breaks_the_brokers_protocol_is_killed_and_replaced(stage, tmp_path):
+    now = tmp_path / "now"
+    stage.scripts["vfsd.broker"] = f"""
+say(Ready())
+while not os.path.exists({str(now)!r}):
+    time.sleep(0.01)
+say(Breach(0, b"unknown tag")); idle()
+"""
+
+    def act():
+        now.touch()
+        stage.wait_for("takes its place")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert stage.run(act=act) == 0
+    assert re.search(r"worker 0 \(pid \d+\) broke the broker's protocol \(unknown tag\) and is killed", stage.log())
 
 
 def test_further_workers_are_started_when_control_asks_and_introduced(stage):

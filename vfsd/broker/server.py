@@ -76,9 +76,10 @@ class Server:
         self._give_up(link, Breach(link.index, bounded(text)))
 
     def _give_up(self, link: WorkerLink, report: Breach | Silent) -> None:
+        """Reported first: when the worker sees its socket closed, and ends, the supervisor can know why."""
         self._unreported.append(report)
-        self.remove(link)
         self._report_all()
+        self.remove(link)
 
     def _report_all(self) -> None:
         """The supervisor ends those workers. What it does not take now comes again with the next tick."""

@@ -178,7 +178,7 @@ class FrontendGone(ChannelMessage):
 
 @dataclass(frozen=True, slots=True)
 class Breach(ChannelMessage):
-    """From the broker: this worker sent what no intact worker sends, and is no longer served."""
+    """From the broker: this worker sent what no intact worker sends, and is no longer served. Another one may be."""
 
     worker_index: int
     text: bytes
