@@ -100,6 +100,7 @@ class Supervisor:
         self._replacements = Replacements(log)
         self._status: int | None = None
         self._accepting = False
+        self._may_need_inflight = False
         self._record = Record(roles.options, more_capabilities(roles.options))
         self._vigil = Vigil(log)
         self._kernel_log = KernelLog()
@@ -250,6 +251,7 @@ class Supervisor:
         self._hand_over(OwnedFd(connection.detach()))
 
     def _hand_over(self, connection: OwnedFd) -> None:
+        self._may_need_inflight = True
         with connection:
             if self._control.send(Connection(), [connection]):
                 self._log.info("Client connected, servicing requests")
@@ -307,8 +309,8 @@ class Supervisor:
                 self._on_need_worker(index)
             case KillWorker(index, text) if index in self._workers:
                 self._vigil.kill(self._workers[index], f"does not let go ({decode_text(text)})")
-            case NeedInflight(queues):
-                self._on_need_inflight(queues)
+            case NeedInflight():
+                self._on_need_inflight()
             case FrontendGone(text, clean):
                 self._on_frontend_gone(decode_text(text), clean)
 
@@ -318,11 +320,13 @@ class Supervisor:
         else:
             self._replace_worker(index)
 
-    def _on_need_inflight(self, queues: int) -> None:
-        if not 0 < queues <= self._roles.options.request_queues + 1:
-            self._end(1, f"control asked for in-flight tables of {queues} queues")
+    def _on_need_inflight(self) -> None:
+        """Once for each frontend: control could keep all of it, and fill it."""
+        if not self._may_need_inflight:
+            self._end(1, "control asked for in-flight tables without a frontend, or twice for the same one")
             return
-        with sealed_memfd("vfsd-inflight", queues * TABLE_STRIDE_BYTES) as memory:
+        self._may_need_inflight = False
+        with sealed_memfd("vfsd-inflight", (self._roles.options.request_queues + 1) * TABLE_STRIDE_BYTES) as memory:
             self._control.send(InflightGiven(), [memory])
 
     def _on_frontend_gone(self, text: str, clean: bool) -> None:

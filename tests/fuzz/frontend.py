@@ -158,8 +158,8 @@ class _World:
                     self._add_worker(index)
                 case wire.KillWorker(index):
                     self._add_worker(index)
-                case wire.NeedInflight(queues):
-                    with sealed_memfd("tables", queues * TABLE_STRIDE_BYTES) as memory:
+                case wire.NeedInflight():
+                    with sealed_memfd("tables", (self._queues + 1) * TABLE_STRIDE_BYTES) as memory:
                         self._supervisor.send(wire.InflightGiven(), [memory])
                 case wire.FrontendGone() as gone:
                     self._gone.append(gone)

@@ -21,7 +21,7 @@ MESSAGES = [
     (wire.AreYouWell(), wire.SUPERVISOR_TO_CHILD),
     (wire.InflightGiven(), wire.SUPERVISOR_TO_CHILD),
     (wire.KillWorker(1, b"hangs"), wire.CONTROL_TO_SUPERVISOR),
-    (wire.NeedInflight(3), wire.CONTROL_TO_SUPERVISOR),
+    (wire.NeedInflight(), wire.CONTROL_TO_SUPERVISOR),
     (wire.Counted(3, 0, 1), wire.WORKER_TO_SUPERVISOR),
     (wire.Ready(), wire.WORKER_TO_SUPERVISOR),
     (wire.Log(5, b"x" * 1000), wire.BROKER_TO_SUPERVISOR),

@@ -522,8 +522,8 @@ def test_a_worker_that_keeps_a_frontends_memory_is_replaced_before_another_one_i
 def adopt_tables(world, queues):
     """GET_INFLIGHT_FD and SET_INFLIGHT_FD of the same memory, as a frontend does; its descriptor."""
     world.tell(vu.VHOST_USER_GET_INFLIGHT_FD, struct.pack("<QQHH4x", 0, 0, queues, 128))
-    assert world.heard() == NeedInflight(queues)
-    with sealed_memfd("tables", queues * TABLE_STRIDE_BYTES) as memory:
+    assert world.heard() == NeedInflight()
+    with sealed_memfd("tables", 4 * TABLE_STRIDE_BYTES) as memory:
         world.supervisor.send(InflightGiven(), [memory])
     reply, (fd,), _, _ = socket.recv_fds(world.frontend, 36, 1)
     world.tell(vu.VHOST_USER_SET_INFLIGHT_FD, reply[12:], [fd])
@@ -543,6 +543,16 @@ def test_the_frontends_tables_are_adopted_at_the_first_start_only_and_by_success
     again = world.answers(0)
     assert (again.adopted, again.table_offset) == (False, TABLE_STRIDE_BYTES)
     world.reply()
+
+
+def test_a_frontend_that_asks_for_tables_again_gets_the_same(world):
+    first = adopt_tables(world, 2)
+    world.tell(vu.VHOST_USER_GET_INFLIGHT_FD, struct.pack("<QQHH4x", 0, 0, 3, 128))
+    reply, (second,), _, _ = socket.recv_fds(world.frontend, 36, 1)
+    assert struct.unpack_from("<QQH", reply, 12) == (3 * TABLE_STRIDE_BYTES, 0, 3)
+    assert os.path.sameopenfile(first, second)
+    for fd in (first, second):
+        os.close(fd)
 
 
 def test_a_queue_without_a_table_of_the_frontends_has_one_of_vfsds_own(world):

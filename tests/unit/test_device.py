@@ -44,6 +44,7 @@ class FakeWorkers:
         self.calls = []
         self.refuse = set()
         self.last_avail = 0
+        self.tables = None
 
     def _note(self, name, *details):
         if name in self.refuse:
@@ -81,9 +82,14 @@ class FakeWorkers:
     def replace_err(self, queue_index, fd):
         self._note("err", queue_index, fd is not None)
 
-    def inflight_memory(self, queues):
-        self._note("inflight", queues)
-        return OwnedFd(os.eventfd(0))
+    def inflight_memory(self):
+        self._note("inflight")
+        self.tables = self.tables or OwnedFd(os.eventfd(0))
+        return self.tables
+
+    def close(self):
+        if self.tables is not None:
+            self.tables.close()
 
     def adopt_inflight(self, fd, offset, size_bytes, queues):
         fd.close()
@@ -116,7 +122,6 @@ class Frontend:
         if reply is None:
             return None
         if isinstance(reply, FdReply):
-            reply.fd.close()
             reply = reply.data
         answered, reply_flags, size = vu.HEADER.unpack_from(reply)
         assert (answered, reply_flags, size) == (request, vu.VHOST_USER_VERSION | vu.VHOST_USER_REPLY_MASK, len(reply) - 12)
@@ -170,6 +175,7 @@ def frontend():
     frontend = Frontend()
     yield frontend
     frontend.device.close()
+    frontend.workers.close()
     assert all(fd.closed for fd in frontend.given), "every descriptor is closed exactly once"
 
 
@@ -482,7 +488,7 @@ def test_in_flight_tables_are_given_and_taken_back(frontend, padding):
     reply = frontend.tell(vu.VHOST_USER_GET_INFLIGHT_FD, inflight(3) + bytes(padding))
     assert reply == inflight(3, size=3 * TABLE_STRIDE_BYTES) + bytes(padding)
     assert frontend.tell(vu.VHOST_USER_SET_INFLIGHT_FD, reply, [frontend.fd()]) is None
-    assert frontend.workers.take() == [("inflight", 3), ("adopt", 0, 3 * TABLE_STRIDE_BYTES, 3)]
+    assert frontend.workers.take() == [("inflight",), ("adopt", 0, 3 * TABLE_STRIDE_BYTES, 3)]
 
 
 def test_other_in_flight_tables_while_rings_run_are_a_breach(running):
@@ -514,4 +520,5 @@ def test_any_messages_are_handled_or_a_breach_and_leak_nothing(messages):
         with contextlib.suppress(FrontendBreach):
             frontend.tell(request, payload, [frontend.fd() for _ in range(fds)], flags)
     frontend.device.close()
+    frontend.workers.close()
     assert all(fd.closed for fd in frontend.given)

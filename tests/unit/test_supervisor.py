@@ -493,13 +493,14 @@ def test_further_workers_are_started_when_control_asks_and_introduced(stage):
 def test_control_is_given_memory_for_in_flight_tables_that_cannot_shrink(stage):
     stage.scripts["vfsd.worker.control"] = """
 import fcntl
-say(Ready()); hear(); say(NeedInflight(3)); hear()
+say(Ready()); hear(); hear(); say(NeedInflight()); hear()
 log(f"{os.fstat(fd.fileno()).st_size} bytes, seals {fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS)}")
 idle()
 """
     found = []
 
     def act():
+        stage.connect()
         stage.wait_for("seals")
         found.append(re.search(r"(\d+) bytes, seals (\d+)", stage.log()).groups())
         os.kill(os.getpid(), signal.SIGTERM)
@@ -508,10 +509,11 @@ idle()
     assert found == [(str(3 * TABLE_STRIDE_BYTES), str(fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL))]
 
 
-def test_of_in_flight_tables_control_gets_no_more_than_there_are_queues(stage):
-    stage.scripts["vfsd.worker.control"] = "say(Ready()); say(NeedInflight(4)); idle()"
-    assert stage.run() == 1
-    assert stage.last_line() == "control asked for in-flight tables of 4 queues"
+@pytest.mark.parametrize("asks", ["say(NeedInflight())", "hear(); say(NeedInflight()); hear(); say(NeedInflight())"])
+def test_control_is_given_such_memory_once_for_each_frontend(stage, asks):
+    stage.scripts["vfsd.worker.control"] = f"say(Ready()); hear(); {asks}; idle()"
+    assert stage.run(act=stage.connect) == 1
+    assert stage.last_line() == "control asked for in-flight tables without a frontend, or twice for the same one"
 
 
 def test_a_worker_is_killed_and_replaced_when_control_says_that_it_does_not_let_go(stage):

@@ -163,9 +163,7 @@ class KillWorker(ChannelMessage):
 
 @dataclass(frozen=True, slots=True)
 class NeedInflight(ChannelMessage):
-    """From control: memory for the in-flight tables of so many queues, to be shared with the frontend."""
-
-    queues: int
+    """From control, once for each frontend: memory for the in-flight tables of all queues, to be shared with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +341,7 @@ _FROM_CONTROL = (
     Row(19, NeedWorker, (_WORKER,)),
     Row(20, FrontendGone, (_TEXT, _FLAG)),
     Row(25, KillWorker, (_WORKER, _TEXT)),
-    Row(26, NeedInflight, (_QUEUE,)),
+    Row(26, NeedInflight),
 )
 _FROM_BROKER = (
     Row(21, Breach, (_WORKER, _TEXT)),

@@ -117,8 +117,7 @@ class Control:
         )
         reply = self._device.handle(message, fds)
         if isinstance(reply, FdReply):
-            with reply.fd:
-                stream.send(reply.data, reply.fd)
+            stream.send(reply.data, reply.fd)
         elif reply is not None:
             stream.send(reply)
 

@@ -186,7 +186,7 @@ class Device:
         asked = vu.decode_inflight(message)
         self._check_inflight(asked)
         given = asked._replace(mmap_size=asked.num_queues * TABLE_STRIDE_BYTES, mmap_offset=0)
-        return FdReply(vu.encode_inflight_reply(message, given), self._workers.inflight_memory(asked.num_queues))
+        return FdReply(vu.encode_inflight_reply(message, given), self._workers.inflight_memory())
 
     def set_inflight_fd(self, message: vu.Message, fds: list[OwnedFd]) -> None:
         """That memory again, perhaps on another connection: what it says is in flight is served before anything else."""

@@ -45,6 +45,7 @@ class InflightMemory:
     def __init__(self, queues: int) -> None:
         self._fds = [sealed_memfd("vfsd-inflight", TABLE_BYTES) for _ in range(queues)]
         self._starts = 0
+        self.given: OwnedFd | None = None  # what the frontend got when it asked: what stands there was done on this connection
         self._buffer: _Buffer | None = None
         self._seen: set[int] = set()  # queues that were started on this connection: what was taken of them since was completed
 
@@ -78,6 +79,7 @@ class InflightMemory:
     def forget_frontend(self) -> None:
         """The one that handed tables over is gone."""
         self._drop_buffer()
+        self._drop_given()
         self._seen.clear()
 
     def _drop_buffer(self) -> None:
@@ -85,8 +87,14 @@ class InflightMemory:
             self._buffer.fd.close()
             self._buffer = None
 
+    def _drop_given(self) -> None:
+        if self.given is not None:
+            self.given.close()
+            self.given = None
+
     def close(self) -> None:
         self._drop_buffer()
+        self._drop_given()
         for fd in self._fds:
             fd.close()
 

@@ -117,9 +117,9 @@ class WorkerLinks:
         if not self.supervisor.send(KillWorker(index, bounded(why))):
             raise WorkerFailed("the supervisor does not read its channel")
 
-    def inflight_memory(self, queues: int) -> OwnedFd:
-        """Fresh memory for the in-flight tables of so many queues."""
-        if not self.supervisor.send(NeedInflight(queues)):
+    def inflight_memory(self) -> OwnedFd:
+        """Fresh memory for the in-flight tables of all queues. The supervisor gives it once for each frontend."""
+        if not self.supervisor.send(NeedInflight()):
             raise WorkerFailed("the supervisor does not read its channel")
         deadline = time.monotonic() + ANSWER_SECONDS
         while self._given is None:

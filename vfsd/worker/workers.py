@@ -138,8 +138,11 @@ class Workers:
                 self._links.replace(index, str(error))
         self._inflight.forget_frontend()
 
-    def inflight_memory(self, queues: int) -> OwnedFd:
-        return self._links.inflight_memory(queues)
+    def inflight_memory(self) -> OwnedFd:
+        """For all queues, of which the frontend may use fewer; whoever asks again on the same connection gets the same."""
+        if self._inflight.given is None:
+            self._inflight.given = self._links.inflight_memory()
+        return self._inflight.given
 
     def adopt_inflight(self, fd: OwnedFd, offset: int, size_bytes: int, queues: int) -> None:
         self._inflight.adopt(fd, offset, size_bytes, queues)
