@@ -1,13 +1,8 @@
 """A guest whose vfsd was started by an ordinary user, with and without ranges of ids."""
 
-import os
-import shutil
-import tempfile
-from pathlib import Path
-
 import pytest
 
-from tests.support.as_user import User, command_as
+from tests.support.as_user import User, command_as, folder_of
 from tests.support.frontend.daemon import Daemon, Options, vfsd
 from tests.support.guest.guest import UmlGuest
 
@@ -35,12 +30,8 @@ pytestmark = pytest.mark.uml
 
 @pytest.fixture
 def folder():
-    path = Path(tempfile.mkdtemp(prefix="user-", dir="/var/tmp"))
-    (path / "share").mkdir()
-    for each in (path, path / "share"):
-        os.chown(each, USER.uid, USER.gid)
-    yield path
-    shutil.rmtree(path)
+    with folder_of(USER) as path:
+        yield path
 
 
 @pytest.mark.parametrize(("maps", "expected"), [((), (USER.uid, USER.gid)), (RANGE_MAPS, (100999, 200999))], ids=["own-id", "ranges"])

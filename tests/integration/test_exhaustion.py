@@ -4,14 +4,12 @@ import errno
 import os
 import re
 import resource
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.support.as_user import User, command_as
+from tests.support.as_user import User, command_as, folder_of
 from tests.support.frontend.checks import eventually
 from tests.support.frontend.daemon import Options, vfsd
 from tests.support.frontend.faults import SPOKEN, add_fault, clear_faults
@@ -108,13 +106,8 @@ USER = User()
 
 @pytest.fixture
 def folder_of_user():
-    path = Path(tempfile.mkdtemp(prefix="user-", dir="/var/tmp"))
-    (path / "share").mkdir()
-    for each in (path, path / "share"):
-        os.chown(each, USER.uid, USER.gid)
-        each.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
+    with folder_of(USER) as path:
+        yield path
 
 
 def set_most_processes(pid, limits):

@@ -3,14 +3,11 @@
 import errno
 import os
 import re
-import shutil
 import stat
-import tempfile
-from pathlib import Path
 
 import pytest
 
-from tests.support.as_user import User, command_as
+from tests.support.as_user import User, command_as, folder_of
 from tests.support.frontend.checks import raises
 from tests.support.frontend.daemon import Daemon, Options, vfsd
 from tests.support.frontend.fuse_client import ROOT
@@ -26,14 +23,8 @@ HANDLES = "cannot be opened by file handle"
 
 @pytest.fixture
 def folder():
-    """A directory of the user's that the user can reach, with a share in it."""
-    path = Path(tempfile.mkdtemp(prefix="user-", dir="/var/tmp"))
-    (path / "share").mkdir()
-    for each in (path, path / "share"):
-        os.chown(each, USER.uid, USER.gid)
-        each.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
+    with folder_of(USER) as path:
+        yield path
 
 
 def command(user):

@@ -3,19 +3,16 @@
 import errno
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from tests.support.as_user import User, command_as
+from tests.support.as_user import User, command_as, folder_of
 from tests.support.frontend.checks import eventually
 from tests.support.frontend.daemon import Daemon, Options, vfsd
 from tests.support.frontend.fuse_client import ROOT
@@ -376,13 +373,11 @@ def test_a_process_unknown_to_the_supervisor_is_found(daemon):
 
 @contextmanager
 def of_user(*extra):
-    folder = Path(tempfile.mkdtemp(prefix="user-", dir="/var/tmp"))
-    (folder / "share").mkdir()
-    for each in (folder, folder / "share"):
-        os.chown(each, USER.uid, USER.gid)
-    with serving(folder, "--inode-file-handles=never", *extra, command=lambda *arguments: command_as(USER, vfsd(*arguments))) as served:
+    with (
+        folder_of(USER) as folder,
+        serving(folder, "--inode-file-handles=never", *extra, command=lambda *arguments: command_as(USER, vfsd(*arguments))) as served,
+    ):
         yield served
-    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("extra", [(), RANGE_MAPS], ids=["own-id", "ranges"])

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +38,20 @@ class User:
 
 def command_as(user: User, command: Sequence[str]) -> list[str]:
     return [sys.executable, __file__, json.dumps(asdict(user)), *command]
+
+
+@contextmanager
+def folder_of(user: User) -> Iterator[Path]:
+    """A directory of the user's that the user can reach, with a share in it."""
+    path = Path(tempfile.mkdtemp(prefix="user-", dir="/var/tmp"))
+    try:
+        (path / "share").mkdir()
+        for each in (path, path / "share"):
+            os.chown(each, user.uid, user.gid)
+            each.chmod(0o755)
+        yield path
+    finally:
+        shutil.rmtree(path)
 
 
 def main() -> None:

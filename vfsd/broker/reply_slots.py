@@ -1,9 +1,9 @@
 """What was done for which request of the guest's, so that a worker that takes a dead one's place does not have it done twice.
 
-A slot belongs to a worker's index, and in that to a place: a queue and a head. The number in it tells one use of that head from the next: a
-head is used again only when the guest has its answer, so another number frees the slot. The same number with the same
-message is the same request asked again: what is done is answered as before, what is still being done is waited for. Another
-message by the same number is another step of that request, or the guest has changed its request meanwhile.
+A slot belongs to a worker's index, and in that to a place: a queue and a head. The number in it tells one use of that head from
+the next: a head is used again only when the guest has its answer, so another number frees the slot. The same number with the
+same message is the same request asked again: what is done is answered as before, what is still being done is waited for.
+Another message by the same number is another step of that request, or the guest has changed its request meanwhile.
 
 A listing's lookups are no answer to be repeated, for the directory may list other names by then: they are taken back, and
 looked up again. Of too many we lose count: what a dead worker looked up beyond that stays known until the session ends.

@@ -58,7 +58,10 @@ class Recovered(NamedTuple):
 
 
 class InflightTable:
-    """One vring's table in `buffer` of TABLE_BYTES. The ring thread's alone. `close()` gives the buffer back."""
+    """One vring's table in `buffer` of TABLE_BYTES. `close()` gives the buffer back.
+
+    The ring thread's alone, but for `journal`: a pool thread notes the append that it makes, which no other thread is at.
+    """
 
     __slots__ = ("_bytes", "_halves", "_words")
 

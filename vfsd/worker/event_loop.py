@@ -52,7 +52,10 @@ class EventLoop:
         self._completed = False  # whether the supervisor knows that we are good for something
 
     def run(self) -> None:
-        """Returns when the supervisor says Stop, or control is gone and what was taken is done; ChannelClosed or BrokerGone at the others' end."""
+        """Returns when the supervisor says Stop, or control is gone and what was taken is done.
+
+        ChannelClosed or BrokerGone at the others' end.
+        """
         while not (self._stopped or self._rings.left):
             for fd, _events in self._epoll.poll(self._timeout()):
                 source = self._sources.get(fd)

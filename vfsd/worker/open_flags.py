@@ -22,8 +22,8 @@ def host_open_flags(fs: FileSystem, flags: int) -> int:
 def kills_set_id(fs: FileSystem, request: Request, flagged: int) -> int:
     """1 if an operation takes a file's set-id bits away: by the request's own flag where killpriv-v2 was agreed on.
 
-    Without it the guest's kernel does so by itself, except where it has no chance to (a truncating open that is one request, a copy): then whoever
-    is known not to be root has no CAP_FSETID.
+    Without it the guest's kernel does so by itself, except where it has no chance to (a truncating open that is one request, a
+    copy): then whoever is known not to be root has no CAP_FSETID.
     """
     if fs.agreed(abi.FUSE_HANDLE_KILLPRIV_V2):
         return int(bool(flagged))

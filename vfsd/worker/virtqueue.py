@@ -107,8 +107,9 @@ class Virtqueue:
     """One started ring. It goes on from `last_avail` in the available ring and from the used.idx found in memory.
 
     If the table says that this very start (`start_number`) was served before, by a worker that died, or if the table is `adopted`
-    from the frontend, which kept it, it goes on where that one was instead: what was in flight comes out of `pop_recovered`. Numbers are taken from the clock at first, so that no later
-    start, in whatever process, gives one again. The table is taken over.
+    from the frontend, which kept it, it goes on where that one was instead: what was in flight comes out of `pop_recovered`.
+    Numbers are taken from the clock at first, so that no later start, in whatever process, gives one again. The table is taken
+    over.
 
     `index` is the vhost-user queue index, for messages. `close()` gives the rings' memory back; it must come before the
     memory is unmapped.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import sys
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from vfsd.broker.requests import HANDLERS, Row
 from vfsd.broker.worker_link import Task
 from vfsd.channel import Channel
 from vfsd.config import BrokerConfig, read_config
-from vfsd.faulty import Faults, run_faulty_role, substitute
+from vfsd.faulty import Faults, run_faulty_role, sleep_by_poll, substitute
 from vfsd.log import ChildLog
 from vfsd.wire import broker_messages, fault_messages
 
@@ -54,8 +53,7 @@ def main() -> None:
 
 
 def serve(config: BrokerConfig, channel: Channel, log: ChildLog) -> None:
-    nothing = select.poll()
-    faults = BrokerFaults(config.faults or b"", channel, log, lambda seconds: nothing.poll(None if seconds is None else seconds * 1000))
+    faults = BrokerFaults(config.faults or b"", channel, log, sleep_by_poll())
     share_dir = config.shared_dir.rstrip(b"/") if config.sandbox == "none" else b""
     broker_messages.permit(fault_messages.SPEC)
     HANDLERS[fault_messages.MatchPath] = Row(faults.paths.answer(share_dir), writes=False)

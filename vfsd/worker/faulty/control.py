@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import sys
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from vfsd.config import ControlConfig, read_config
 from vfsd.faults import catalogue
 from vfsd.faults.injector import Hit
 from vfsd.faults.rule import Rule
-from vfsd.faulty import Faults, run_faulty_role, substitute
+from vfsd.faulty import Faults, run_faulty_role, sleep_by_poll, substitute
 from vfsd.fds import OwnedFd
 from vfsd.log import ChildLog
 from vfsd.wire import vhost_user as vu
@@ -82,8 +81,7 @@ def main() -> None:
 
 
 def serve(config: ControlConfig, channel: Channel, log: ChildLog) -> None:
-    nothing = select.poll()
-    faults = ControlFaults(config.faults or b"", channel, log, lambda seconds: nothing.poll(None if seconds is None else seconds * 1000))
+    faults = ControlFaults(config.faults or b"", channel, log, sleep_by_poll())
     substitute(plain, "Device", partial(FaultyDevice, faults))
     substitute(plain, "Control", partial(FaultyControl, faults))
     plain.serve(config, channel, log)
